@@ -1,0 +1,74 @@
+"""The words at the start and at the end of a run: what will be done, and what came of it."""
+
+from collections.abc import Mapping, Sequence
+
+from opd_ray.config.schema import Config, ObjectiveKind
+from opd_ray.console import step_breakdown
+from opd_ray.data.models import ModelPair
+from opd_ray.data.prompts import PromptSets
+from opd_ray.protocol import Metrics
+from opd_ray.state import RunDir
+
+
+def describe_run(config: Config, *, models: ModelPair, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
+    """Return the lines that say what the run is made of."""
+    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    num_trajectories = config.batch.num_prompts * rollout.samples_per_prompt
+    dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
+    return [
+        f"student    {config.student.path}",
+        f"teacher    {teacher.path}",
+        f"objective  {config.objective.kind.value}, {teacher_bytes_per_token(config, models):,} bytes a token from the"
+        " teacher",
+        f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
+        f"batch      {config.batch.num_prompts} prompts x {rollout.samples_per_prompt} samples ="
+        f" {num_trajectories} trajectories an update, max_staleness {config.max_staleness}",
+        f"workers    {rollout.num_workers} rollout, {teacher.num_workers} teacher, {learner.num_ranks} learner"
+        f" (ZeRO-{learner.zero_stage}, {learner.dtype.value})",
+        f"steps      {step} to {config.num_steps}" + (" (resumed)" if step else ""),
+        f"run dir    {run_dir.path}",
+    ]
+
+
+def teacher_bytes_per_token(config: Config, models: ModelPair) -> int:
+    """Return the size of the objective's teacher signal."""
+    match config.objective.kind:
+        case ObjectiveKind.sampled:
+            return 4
+        case ObjectiveKind.support:
+            return 8 * config.objective.top_k
+        case ObjectiveKind.full:
+            return models.teacher_hidden_size * (2 if config.teacher.dtype.value == "bfloat16" else 4)
+
+
+def result_rows(
+    summary: Metrics, *, history: Sequence[Mapping[str, float]], phases: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """Return the rows of the final table."""
+    rows = [
+        _row("teacher accuracy", summary, "teacher_accuracy", "{:.1%}"),
+        _row("student accuracy before", summary, "student_accuracy_before", "{:.1%}"),
+        _row("student accuracy after", summary, "student_accuracy_after", "{:.1%}"),
+        _row("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
+        _row("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
+        _row("response tokens/s (median step)", summary, "tokens_per_s", "{:,.0f}"),
+        ("median step", step_breakdown(history)),
+    ]
+    rows += [(f"seconds: {name}", f"{seconds:.1f}") for name, seconds in phases.items()]
+    rows.append(_row("seconds: whole run", summary, "wall_s", "{:.1f}"))
+    return rows
+
+
+def _row(name: str, summary: Metrics, key: str, form: str) -> tuple[str, str]:
+    return name, form.format(summary[key]) if key in summary else "not measured"
+
+
+def closing_words(run_dir: RunDir) -> list[str]:
+    """Return where everything is."""
+    return [
+        f"run dir {run_dir.path}",
+        "  metrics.jsonl  one line a step       samples.jsonl  sampled texts",
+        "  summary.json   the table's figures   config.yaml    the resolved configuration",
+        "  export/        the student, for transformers and vLLM",
+        "  logs/          the workers' own output",
+    ]

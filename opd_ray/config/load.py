@@ -1,0 +1,29 @@
+"""Turns Hydra's composed configuration into the schema's dataclasses, once; nothing past here sees a DictConfig."""
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from opd_ray.config.schema import Config
+from opd_ray.config.validate import validate
+
+
+def register_schema() -> None:
+    """Make the schema the base of `configs/train.yaml`: Hydra then refuses unknown keys and wrong types."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def load(composed: DictConfig) -> Config:
+    """Return the validated configuration. Raises ValueError naming the key at fault."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(f"{missing[0]} is not given: it has no default (missing: {', '.join(missing)})")
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is not given: it has no default") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config

@@ -1,0 +1,267 @@
+"""The configuration: every key, its type and its default, once.
+
+A key without a default must be given. YAML groups under `configs/` hold choices, never a default of their own.
+Rules over one field are checked in `__post_init__` here; rules over several fields stand in `validate.py`.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class ResumePolicy(StrEnum):
+    """What to do with a run dir that already holds a run."""
+
+    never = "never"
+    auto = "auto"
+    overwrite = "overwrite"
+
+
+class DataKind(StrEnum):
+    """Where prompts come from."""
+
+    task = "task"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class LongPromptPolicy(StrEnum):
+    """What to do with a prompt longer than `data.max_prompt_tokens`, or empty."""
+
+    error = "error"
+    drop = "drop"
+
+
+class ObjectiveKind(StrEnum):
+    """The estimator of the reverse KL; see `opd_ray.objectives`."""
+
+    sampled = "sampled"
+    support = "support"
+    full = "full"
+
+
+class TrackingKind(StrEnum):
+    """The sink beside metrics.jsonl."""
+
+    wandb = "wandb"
+    none = "none"
+
+
+class LrSchedule(StrEnum):
+    """Learning-rate schedule after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Dtype(StrEnum):
+    """Floating-point type of weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def _require(holds: bool, key: str, given: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}={given}: expected {expected}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyModelConfig:
+    """A small model that the run itself trains by supervision on a built-in task when its folder is missing."""
+
+    task: str = "sort"
+    num_layers: int = 2
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_steps: int = 300
+    batch_size: int = 128
+    lr: float = 3e-3
+    tied_embeddings: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "num_steps", "batch_size"):
+            _require(getattr(self, name) >= 1, f"*.build.{name}", getattr(self, name), "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentConfig:
+    """The model that is trained: a Hugging Face folder or hub name."""
+
+    path: str
+    build: TinyModelConfig | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen model that scores, and its pool of workers."""
+
+    path: str
+    build: TinyModelConfig | None = None
+    dtype: Dtype = Dtype.bfloat16
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    evaluate: bool = False  # also measure the teacher's own accuracy before training
+    engine_args: dict[str, Any] = field(default_factory=dict)  # passed to vLLM untouched
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 1, "teacher.num_workers", self.num_workers, "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Prompts to train on and prompts held out for evaluation."""
+
+    kind: DataKind
+    task: str | None = None  # built-in task (kind=task), or the verifier of records that name none
+    path: str | None = None  # JSONL or Parquet file
+    eval_path: str | None = None  # held-out file; without it the last eval.num_prompts records of data.path
+    num_prompts: int = 16384  # kind=task: size of the training set that is made
+    max_prompt_tokens: int = 1024
+    long_prompts: LongPromptPolicy = LongPromptPolicy.error
+
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 1, "data.num_prompts", self.num_prompts, "an integer of at least 1")
+        _require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    """One optimizer update's worth of prompts."""
+
+    num_prompts: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 1, "batch.num_prompts", self.num_prompts, "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """Sampling from the student, and its pool of vLLM workers."""
+
+    samples_per_prompt: int = 4
+    max_response_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    dtype: Dtype = Dtype.bfloat16
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    engine_args: dict[str, Any] = field(default_factory=dict)  # passed to vLLM untouched
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "max_response_tokens", "num_workers"):
+            _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "an integer of at least 1")
+        _require(self.temperature > 0, "rollout.temperature", self.temperature, "a number above 0")
+        _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a number in (0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Which estimator of KL(student || teacher) is minimised."""
+
+    kind: ObjectiveKind
+    top_k: int = 32  # support: size of the teacher's top-K
+    discount: float = 0.0  # sampled: 0 is token-level, 1 is sequence-level
+    chunk_tokens: int = 512  # tokens whose logits are held at once
+
+    def __post_init__(self) -> None:
+        _require(self.top_k >= 1, "objective.top_k", self.top_k, "an integer of at least 1")
+        _require(0 <= self.discount <= 1, "objective.discount", self.discount, "a number in [0, 1]")
+        _require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    """The DeepSpeed ranks and their optimizer."""
+
+    num_ranks: int = 1
+    zero_stage: int = 2
+    dtype: Dtype = Dtype.bfloat16
+    lr: float = 1e-6
+    lr_schedule: LrSchedule = LrSchedule.constant
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    max_tokens_per_micro_batch: int = 8192
+    gradient_checkpointing: bool = False
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+    engine_args: dict[str, Any] = field(default_factory=dict)  # merged into the DeepSpeed configuration
+
+    def __post_init__(self) -> None:
+        _require(self.num_ranks >= 1, "learner.num_ranks", self.num_ranks, "an integer of at least 1")
+        _require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        _require(self.lr > 0, "learner.lr", self.lr, "a number above 0")
+        _require(self.warmup_steps >= 0, "learner.warmup_steps", self.warmup_steps, "an integer of at least 0")
+        limit = self.max_tokens_per_micro_batch
+        _require(limit >= 1, "learner.max_tokens_per_micro_batch", limit, "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out evaluation of the student."""
+
+    num_prompts: int = 64
+    samples_per_prompt: int = 4  # the k of avg@k
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "samples_per_prompt"):
+            _require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The Ray cluster."""
+
+    address: str | None = None  # None: RAY_ADDRESS if set (as in a submitted job), else a cluster of this process
+    num_cpus: int | None = None  # CPUs of a cluster of this process; None: all of the machine
+    placement_timeout_s: float = 600.0
+    threads_per_worker: int = 0  # CPU threads of torch in each worker; 0: torch's own choice
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: TrackingKind
+    project: str = "opd-ray"
+    entity: str | None = None
+    num_samples: int = 2  # sampled texts written to samples.jsonl a step
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    name: str
+    num_steps: int
+    seed: int = 0
+    deterministic: bool = False
+    max_staleness: int = 0
+    eval_every: int = 0  # 0: only before and after
+    save_every: int = 0  # 0: no checkpoints, only the final export
+    resume: ResumePolicy = ResumePolicy.never
+    runs_dir: str = "runs"
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, "num_steps", self.num_steps, "an integer of at least 1")
+        for name in ("max_staleness", "eval_every", "save_every"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
+        allowed = bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name) and self.name[0] != "."
+        _require(allowed, "name", repr(self.name), "letters, digits, '.', '_' and '-', not starting with '.'")

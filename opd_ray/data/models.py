@@ -1,0 +1,80 @@
+"""Looks at the student's and the teacher's folders before any worker starts: present, whole, and of one language."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer
+
+from opd_ray.data.hub import local_folder
+
+_NUM_NAMED_IDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPair:
+    """What the run needs to know of its two models."""
+
+    tokenizer: Any  # the student's
+    vocab_size: int  # rows that both heads have; ids beyond are padding
+    teacher_hidden_size: int
+
+
+def inspect_models(*, student_path: str, teacher_path: str) -> ModelPair:
+    """Check both models and return what the run needs of them.
+
+    Raises ValueError for a model that is missing or incomplete, and for tokenizers that name ids differently.
+    """
+    student_folder = _folder("student.path", student_path)
+    teacher_folder = _folder("teacher.path", teacher_path)
+    tokenizer = _tokenizer("student.path", student_folder)
+    check_same_tokens(tokenizer, _tokenizer("teacher.path", teacher_folder))
+    student = AutoConfig.from_pretrained(student_folder)
+    teacher = AutoConfig.from_pretrained(teacher_folder)
+    return ModelPair(
+        tokenizer=tokenizer,
+        vocab_size=min(student.vocab_size, teacher.vocab_size),
+        teacher_hidden_size=teacher.hidden_size,
+    )
+
+
+def check_same_tokens(student: Any, teacher: Any) -> None:
+    """Raise ValueError naming the first ids that mean different tokens to the two tokenizers."""
+    student_tokens = {index: token for token, index in student.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    ids = sorted(student_tokens.keys() | teacher_tokens.keys())
+    differing = [i for i in ids if student_tokens.get(i) != teacher_tokens.get(i)]
+    if differing:
+        named = "; ".join(
+            f"id {i} is {student_tokens.get(i)!r} to the student and {teacher_tokens.get(i)!r} to the teacher"
+            for i in differing[:_NUM_NAMED_IDS]
+        )
+        raise ValueError(
+            f"student.path and teacher.path have different token maps: {len(differing)} of {len(ids)} ids differ"
+            f" ({named}); expected two models with one tokenizer"
+        )
+
+
+def _folder(key: str, path: str) -> Path:
+    if Path(path).is_file():
+        raise ValueError(f"{key}={path}: is a file, expected a Hugging Face folder")
+    try:
+        folder = local_folder(path)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{key}={path}: no such folder, and not found on the Hugging Face hub ({reason})") from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{key}={path}: the folder has no config.json, expected a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{key}={path}: the folder has no *.safetensors, expected weights in that format")
+    return folder
+
+
+def _tokenizer(key: str, folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ValueError(f"{key}={folder}: the folder has no tokenizer (tokenizer.json); save the model's with it")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{key}={folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None

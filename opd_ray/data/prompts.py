@@ -1,0 +1,135 @@
+"""Training and held-out prompts of a run, tokenised; the batch of a step is a function of the step alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opd_ray.config.schema import Config, DataConfig, DataKind, LongPromptPolicy
+from opd_ray.data.records import Record, read_records
+from opd_ray.data.tasks import TASKS, verifier
+from opd_ray.protocol import Prompt
+from opd_ray.schedule import derive_seed
+
+_TRAIN_STREAM, _HELD_OUT_STREAM = 1, 2  # a built-in task makes its two sets from different seeds
+
+
+class ShuffledPrompts:
+    """Endless training batches: each epoch is a permutation of its own, drawn from (seed, epoch)."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, num_prompts: int, seed: int) -> None:
+        self._prompts = prompts
+        self._num_prompts = num_prompts
+        self._seed = seed
+
+    def batch(self, step: int) -> list[Prompt]:
+        """Return the prompts of update `step`: positions step*n to (step+1)*n of the endless stream."""
+        size = len(self._prompts)
+        positions = range(step * self._num_prompts, (step + 1) * self._num_prompts)
+        orders = {epoch: self._order(epoch) for epoch in {p // size for p in positions}}
+        return [self._prompts[orders[p // size][p % size]] for p in positions]
+
+    def _order(self, epoch: int) -> Any:
+        return np.random.default_rng(derive_seed(self._seed, epoch)).permutation(len(self._prompts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSets:
+    """The prompts of a run."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    num_dropped: int  # empty or too long, under data.long_prompts=drop
+
+
+def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
+    """Make or read, split and tokenise the prompts.
+
+    Without `data.eval_path` the last `eval.num_prompts` records of a file are held out and never trained on. Raises
+    ValueError, naming file and line, for records that cannot be used.
+    """
+    data, num_held_out = config.data, config.eval.num_prompts
+    if data.kind is DataKind.task:
+        train, held_out = _task_records(data, num_held_out=num_held_out, seed=config.seed)
+    else:
+        train, held_out = _file_records(data, num_held_out=num_held_out)
+    train_prompts = list(_tokenise(train, data=data, tokenizer=tokenizer))
+    held_out_prompts = list(_tokenise(held_out, data=data, tokenizer=tokenizer))
+    num_dropped = len(train) + len(held_out) - len(train_prompts) - len(held_out_prompts)
+    if not train_prompts or not held_out_prompts:
+        raise ValueError(
+            f"data: {len(train_prompts)} training and {len(held_out_prompts)} held-out prompts are left of"
+            f" {len(train) + len(held_out)} ({num_dropped} dropped as empty or longer than"
+            f" data.max_prompt_tokens={data.max_prompt_tokens}); expected at least one of each"
+        )
+    return PromptSets(train=train_prompts, held_out=held_out_prompts, num_dropped=num_dropped)
+
+
+def _task_records(data: DataConfig, *, num_held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
+    assert data.task is not None
+    task = TASKS[data.task]
+
+    def records(num_examples: int, stream: int) -> list[Record]:
+        return [
+            Record(where=f"task {data.task}", prompt=e.prompt, messages=None, answer=e.answer, task=data.task)
+            for e in task.examples(num_examples=num_examples, seed=derive_seed(seed, stream))
+        ]
+
+    held_out = records(num_held_out, _HELD_OUT_STREAM)
+    seen = {r.prompt for r in held_out}
+    return [r for r in records(data.num_prompts, _TRAIN_STREAM) if r.prompt not in seen], held_out
+
+
+def _file_records(data: DataConfig, *, num_held_out: int) -> tuple[list[Record], list[Record]]:
+    assert data.path is not None
+    records = read_records(data.path, kind=data.kind)
+    if data.eval_path is not None:
+        return records, read_records(data.eval_path, kind=data.kind)[:num_held_out]
+    if len(records) <= num_held_out:
+        raise ValueError(
+            f"data.path={data.path} holds {len(records)} records, of which eval.num_prompts={num_held_out} would be"
+            " held out: expected more records, a smaller eval.num_prompts or a data.eval_path"
+        )
+    return records[:-num_held_out], records[-num_held_out:]
+
+
+def _tokenise(records: list[Record], *, data: DataConfig, tokenizer: Any) -> Iterator[Prompt]:
+    """Yield the usable records as prompts; refuse or drop the others as `data.long_prompts` says."""
+    refused: list[tuple[Record, int]] = []
+    for index, (record, ids) in enumerate(zip(records, _token_ids(records, tokenizer=tokenizer), strict=True)):
+        if not 1 <= len(ids) <= data.max_prompt_tokens:
+            refused.append((record, len(ids)))
+            continue
+        task = record.task or data.task or "exact"
+        _check_answer(task, record)
+        yield Prompt(ids_P=np.asarray(ids, dtype=np.int32), index=index, task=task, answer=record.answer)
+    if refused and data.long_prompts is LongPromptPolicy.error:
+        record, num_tokens = refused[0]
+        raise ValueError(
+            f"{record.where}: the prompt has {num_tokens} tokens, expected 1 to data.max_prompt_tokens="
+            f"{data.max_prompt_tokens} ({len(refused)} of {len(records)} prompts are outside); raise the limit, or set"
+            " data.long_prompts=drop to leave them out"
+        )
+
+
+def _token_ids(records: list[Record], *, tokenizer: Any) -> list[list[int]]:
+    texts = [record.prompt for record in records if record.prompt is not None]
+    of_texts = iter(tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
+    return [next(of_texts) if r.messages is None else _chat_ids(r, tokenizer=tokenizer) for r in records]
+
+
+def _chat_ids(record: Record, *, tokenizer: Any) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{record.where}: has `messages`, but the student's tokenizer has no chat template")
+    return list(tokenizer.apply_chat_template(record.messages, add_generation_prompt=True, return_dict=False))
+
+
+def _check_answer(task: str, record: Record) -> None:
+    """Refuse now what the verifier would refuse in a worker: an unknown task, an answer it cannot compare to."""
+    try:
+        verify = verifier(task)
+        if record.answer is not None:
+            verify("", record.answer)
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}") from None

@@ -1,0 +1,40 @@
+"""Summaries in, metrics out: the pure arithmetic behind `rollout/*` and the step's rates."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from opd_ray.protocol import GroupSummary
+
+
+def rollout_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
+    """Return the `rollout/*` metrics of a batch; `rollout/accuracy` only where answers were given."""
+    lengths = [length for s in summaries for length in s.response_lengths]
+    metrics = {
+        "rollout/num_responses": float(len(lengths)),
+        "rollout/response_tokens": float(sum(lengths)),
+        "rollout/response_tokens_mean": sum(lengths) / len(lengths),
+        "rollout/response_tokens_max": float(max(lengths)),
+        "rollout/truncated_fraction": sum(s.num_truncated for s in summaries) / len(lengths),
+        "time/generate_s_max": max(s.generate_s for s in summaries),
+    }
+    return metrics | mean_reward("rollout/accuracy", summaries)
+
+
+def mean_reward(name: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
+    """Return the mean reward over all responses under a name; nothing where no answers were given."""
+    rewards = [reward for s in summaries for reward in s.rewards]
+    return {name: sum(rewards) / len(rewards)} if rewards else {}
+
+
+def summarise(history: Sequence[Mapping[str, float]], *, wall_s: float) -> dict[str, float]:
+    """Return summary.json of a run from its steps, first to last; what was never measured is left out."""
+    rates = [m["perf/tokens_per_s"] for m in history if "perf/tokens_per_s" in m]
+    summary = {"wall_s": wall_s, "steps": max(m["step"] for m in history)}
+    if rates:
+        summary["tokens_per_s"] = statistics.median(rates)
+        summary["step_s"] = statistics.median(m["time/step_s"] for m in history if "time/step_s" in m)
+    for name, key in (("student_accuracy", "eval/accuracy"), ("reverse_kl", "eval/reverse_kl")):
+        values = [m[key] for m in history if key in m]
+        if values:
+            summary |= {f"{name}_before": values[0], f"{name}_after": values[-1]}
+    return summary

@@ -1,0 +1,265 @@
+"""What the parts say to each other: messages between actors, and the Protocols the loop is written against.
+
+Array suffixes: P prompt tokens, N flat response tokens of a group, G samples of a group, K support size, D hidden size.
+Index t of any per-token array speaks of token t itself, never of the next one. Log-probs are in nats.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+Metrics = Mapping[str, float]
+Ref = Any  # a reference to a value in the object store: `ray.ObjectRef` outside tests
+
+
+class Finish(IntEnum):
+    """Why a response ended."""
+
+    stop = 0
+    length = 1
+
+
+class Payload(StrEnum):
+    """What a teacher is asked to say about each token; the objective decides."""
+
+    sampled = "sampled"
+    support = "support"
+    hidden = "hidden"
+
+
+def _check_length(owner: object, name: str, expected: int) -> None:
+    given = len(getattr(owner, name))
+    if given != expected:
+        raise ValueError(f"{type(owner).__name__}.{name} has {given} entries, expected {expected}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How responses are drawn from the student."""
+
+    num_samples: int  # responses to one prompt (G)
+    max_response_tokens: int
+    temperature: float  # 0 is greedy
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, tokenised, as the data source hands it out."""
+
+    ids_P: Int32  # [P] prompt tokens, chat template applied
+    index: int  # position in the data source: the prompt's identity
+    task: str  # names the verifier of the answer
+    answer: str | None  # reference answer; None: nothing to verify against
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Ask for the responses to one prompt. The same request always means the same samples."""
+
+    prompt: Prompt
+    sampling: SamplingOptions
+    version: int  # oldest policy version that may serve this request
+    seed: int  # of the group; sample g uses a function of (seed, g)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryGroup:
+    """The G sampled responses to one prompt, flat over tokens."""
+
+    prompt_ids: Int32  # [P]
+    response_ids: Int32  # [N] sampled tokens, the end token included where there is one
+    offsets: Int32  # [G+1] response g is response_ids[offsets[g]:offsets[g+1]]
+    sampled_logprobs: Float32  # [N] of the sampled token, full vocabulary, at the rollout temperature
+    token_versions: Int32  # [N] version of the policy that sampled the token
+    loss_mask: npt.NDArray[np.bool_]  # [N] false: a token the policy did not choose
+    support_ids: Int32  # [N,K] the student's own top-K at sampling time; K = 0 when not asked for
+    finish: npt.NDArray[np.int8]  # [G] values of `Finish`
+    prompt_index: int
+    task: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        num_tokens = len(self.response_ids)
+        for name in ("sampled_logprobs", "token_versions", "loss_mask", "support_ids"):
+            _check_length(self, name, num_tokens)
+        _check_length(self, "finish", len(self.offsets) - 1)
+        if self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
+            raise ValueError(f"TrajectoryGroup.offsets span {self.offsets[0]}..{self.offsets[-1]}, not 0..{num_tokens}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSummary:
+    """What the controller and the learner's fleet need to know of a group, without its tokens."""
+
+    prompt_index: int
+    num_prompt_tokens: int
+    response_lengths: tuple[int, ...]  # [G] tokens
+    num_loss_tokens: int  # tokens with loss_mask true
+    num_truncated: int  # responses that hit max_response_tokens
+    rewards: tuple[float, ...]  # [G] of the task's verifier; empty without a reference answer
+    oldest_version: int
+    text: str  # prompt and first response, for people
+    generate_s: float  # from the request's arrival at the worker to its last token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledScore:
+    """The teacher's log-prob of each sampled token: 4 bytes a token."""
+
+    logprobs_N: Float32  # [N] full vocabulary, at the rollout temperature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupportScore:
+    """The teacher's top-K: 8K bytes a token."""
+
+    ids_NK: Int32  # [N,K]
+    logprobs_NK: Float32  # [N,K] full vocabulary, at the rollout temperature
+
+    def __post_init__(self) -> None:
+        if self.ids_NK.shape != self.logprobs_NK.shape:
+            raise ValueError(f"SupportScore: ids {self.ids_NK.shape} and logprobs {self.logprobs_NK.shape} differ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenScore:
+    """The teacher's final hidden state before each token: the exact full-vocabulary signal, 2D or 4D bytes a token."""
+
+    hidden_ND: npt.NDArray[Any]  # [N,D] float32, or uint16 holding the bits of bfloat16
+
+
+Score = SampledScore | SupportScore | HiddenScore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSummary:
+    """What the controller needs to know of a score, without its arrays."""
+
+    num_tokens: int  # response tokens scored
+    num_bytes: int  # of the payload
+    score_s: float  # from the group's arrival at the worker to its score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupHandle:
+    """A group on its way: two references that resolve when its last response is finished."""
+
+    summary: Ref  # -> GroupSummary
+    group: Ref  # -> TrajectoryGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreHandle:
+    """A score on its way."""
+
+    summary: Ref  # -> ScoreSummary
+    score: Ref  # -> Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One update's worth of groups and their scores, dispatched and possibly unfinished."""
+
+    step: int  # the update this batch is for
+    groups: Sequence[GroupHandle]
+    scores: Sequence[ScoreHandle]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBundle:
+    """A published version of the student's weights: where the bytes lie and what they are."""
+
+    version: int
+    manifest: Ref  # -> WeightManifest (see workers.weights)
+    buffer: Ref  # -> uint8 array, all tensors end to end
+
+
+class RolloutFleet(Protocol):
+    """The pool of workers that sample from the student."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
+        """Dispatch requests; return at once."""
+        ...
+
+    def load(self, weights: WeightBundle) -> Metrics:
+        """Give every worker a new version of the student; return timings."""
+        ...
+
+    def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
+        """Wait for groups and return their summaries, in order."""
+        ...
+
+
+class TeacherFleet(Protocol):
+    """The pool of workers that score trajectories with the frozen teacher."""
+
+    def score(self, groups: Sequence[GroupHandle], *, payload: Payload) -> list[ScoreHandle]:
+        """Dispatch scoring of groups, finished or not; return at once."""
+        ...
+
+
+class Learner(Protocol):
+    """The student in training."""
+
+    def update(self, batch: Batch) -> Metrics:
+        """Wait for the batch, take one optimizer update, return the step's metrics (`train/*`, `distill/*`, ...)."""
+        ...
+
+    def publish(self, version: int) -> WeightBundle:
+        """Put the current weights into the object store under a version."""
+        ...
+
+    def held_out_kl(self, batch: Batch) -> float:
+        """Exact full-vocabulary KL(student || teacher) in nats a token on scored hidden states; no update."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write a resumable checkpoint of all ranks into an empty folder."""
+        ...
+
+    def restore(self, folder: str) -> None:
+        """Load a checkpoint of all ranks."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """Write the student as a Hugging Face folder (safetensors and tokenizer)."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go."""
+
+    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
+        """Record the metrics of an update, and its samples."""
+        ...
+
+
+class PromptSource(Protocol):
+    """Training prompts; the batch of a step is a function of the step alone, so resuming needs no cursor."""
+
+    def batch(self, step: int) -> Sequence[Prompt]:
+        """Return the prompts of update `step`."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Measures the student on held-out prompts."""
+
+    def evaluate(self, version: int) -> Metrics:
+        """Return `eval/*` metrics of the student at a version."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Owns the run's resumable states."""
+
+    def save(self, step: int, learner: Learner) -> None:
+        """Write the state after update `step`."""
+        ...

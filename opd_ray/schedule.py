@@ -1,0 +1,33 @@
+"""When things happen in a run, and with which seed: pure functions of the step."""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The run's calendar. Step t is the state after t updates; it equals the student's version."""
+
+    num_steps: int
+    max_staleness: int  # batches in flight beyond the one being learned from; 0 is strictly on-policy
+    eval_every: int  # 0: only the first and the last step
+    save_every: int  # 0: never
+
+    def may_dispatch(self, *, step: int, num_in_flight: int) -> bool:
+        """Whether another batch may start: its update exists and its samples will be at most max_staleness old."""
+        return num_in_flight <= self.max_staleness and step + num_in_flight < self.num_steps
+
+    def is_eval(self, step: int) -> bool:
+        """Whether the student is evaluated after update `step`."""
+        return step in (0, self.num_steps) or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def is_save(self, step: int) -> bool:
+        """Whether a checkpoint is written after update `step`."""
+        return self.save_every > 0 and (step % self.save_every == 0 or step == self.num_steps)
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix integers into one seed in [0, 2^31): the same parts give the same seed on every machine."""
+    packed = struct.pack(f"<{len(parts)}q", *parts)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little") & 0x7FFFFFFF

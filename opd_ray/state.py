@@ -1,0 +1,92 @@
+"""Owns what a run leaves on disk: the claim on its run dir, and its checkpoints, whole or not at all."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_ray.config.schema import Config, ResumePolicy
+from opd_ray.protocol import Learner
+
+_STATE_FILE = "state.json"  # written last inside a checkpoint: without it the folder is no checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDir:
+    """Where things lie in `runs/<name>/`."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "RunDir":
+        """Return the run's folder, absolute."""
+        return cls(path=(Path(config.runs_dir) / config.name).resolve())
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of resumable states."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Return the folder of the final student."""
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder of the workers' own output."""
+        return self.path / "logs"
+
+    def holds_run(self) -> bool:
+        """Whether a run has been here."""
+        return (self.path / "config.yaml").exists()
+
+
+def check_free(run_dir: RunDir, policy: ResumePolicy) -> None:
+    """Raise ValueError when the run dir holds another run and nothing says what to do with it."""
+    if run_dir.path.exists() and not run_dir.path.is_dir():
+        raise ValueError(f"{run_dir.path} is a file: choose another name=... or runs_dir=...")
+    if run_dir.holds_run() and policy is ResumePolicy.never:
+        raise ValueError(
+            f"{run_dir.path} holds another run: resume=auto continues it, resume=overwrite deletes it, name=... starts"
+            " a new one beside it"
+        )
+
+
+def claim(run_dir: RunDir, policy: ResumePolicy) -> int:
+    """Make the run dir ready and return the step to start from: 0, or that of the newest checkpoint to resume."""
+    if policy is ResumePolicy.overwrite and run_dir.holds_run():
+        shutil.rmtree(run_dir.path)
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    return max(_steps(run_dir.checkpoints), default=0) if policy is ResumePolicy.auto else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCheckpoints:
+    """`Checkpoints` in the run dir: written beside their place, then renamed into it."""
+
+    folder: Path
+
+    def save(self, step: int, learner: Learner) -> None:
+        """Write the state after update `step`."""
+        final = self.folder / _name(step)
+        partial = self.folder / f".{_name(step)}.partial"
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        learner.save(str(partial))
+        (partial / _STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
+        partial.rename(final)
+
+    def restore(self, step: int, learner: Learner) -> None:
+        """Load the state after update `step` into the learner; step 0 is the model as it was loaded."""
+        if step > 0:
+            learner.restore(str(self.folder / _name(step)))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    return [json.loads(file.read_text())["step"] for file in folder.glob(f"step-*/{_STATE_FILE}")]

@@ -1,0 +1,130 @@
+"""Where a run's numbers go: metrics.jsonl and samples.jsonl always, Weights & Biases if asked, the terminal."""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from opd_ray.config.schema import Config, TrackingKind
+from opd_ray.console import StepLine
+from opd_ray.metrics import rollout_metrics
+from opd_ray.protocol import GroupSummary, Metrics
+from opd_ray.state import RunDir
+
+
+class Sink(Protocol):
+    """A service that metrics are sent to besides the files."""
+
+    where: str  # URL or folder, for people
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Send the metrics of a step."""
+
+    def finish(self, summary: Metrics) -> None:
+        """Send the run's summary and close."""
+
+
+class RunTracker:
+    """`Tracker` of a run dir; keeps the history of this process for the summary."""
+
+    def __init__(self, run_dir: RunDir, *, step: int, num_samples: int, sinks: Sequence[Sink], line: StepLine) -> None:
+        self.history: list[dict[str, float]] = _kept_lines(run_dir.path / "metrics.jsonl", step=step)
+        _kept_lines(run_dir.path / "samples.jsonl", step=step)
+        self._run_dir = run_dir
+        self._num_samples = num_samples
+        self._sinks = sinks
+        self._line = line
+        self._last = time.perf_counter()
+
+    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
+        """Record a step in every place: one line of metrics.jsonl."""
+        record = {"step": step, **metrics}
+        if summaries:
+            record |= rollout_metrics(summaries) | self._rates(metrics, summaries)
+        self._last = time.perf_counter()
+        self.history.append(record)
+        self._append("metrics.jsonl", record)
+        for summary in summaries[: self._num_samples]:
+            rewards = list(summary.rewards)
+            self._append("samples.jsonl", {"step": step, "text": summary.text, "rewards": rewards})
+        for sink in self._sinks:
+            sink.log(step, record)
+        self._line.show_step(step, record)
+
+    def finish(self, summary: Metrics) -> None:
+        """Write summary.json and close the sinks."""
+        (self._run_dir.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        for sink in self._sinks:
+            sink.finish(summary)
+
+    def _rates(self, metrics: Metrics, summaries: Sequence[GroupSummary]) -> dict[str, float]:
+        step_s = time.perf_counter() - self._last - metrics.get("time/eval_s", 0.0)
+        num_tokens = sum(length for s in summaries for length in s.response_lengths)
+        return {"time/step_s": step_s, "perf/tokens_per_s": num_tokens / step_s}
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self._run_dir.path / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class WandbSink:
+    """Weights & Biases: online with credentials, else offline in the run dir; resumes its own run."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        import wandb  # slow, and not wanted with tracking=none
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        id_file = run_dir.path / "wandb_id.txt"
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+        self._run = wandb.init(
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            name=config.name,
+            id=run_id,
+            resume="allow",
+            dir=str(run_dir.path),
+            config=asdict(config),
+            mode=_wandb_mode(),
+        )
+        id_file.write_text(run_id + "\n")
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self.where = self._run.url or str(Path(self._run.dir).parent)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Send a step; the axis is the metric `step`, so several calls for one step do no harm."""
+        self._run.log({**metrics, "step": step})
+
+    def finish(self, summary: Metrics) -> None:
+        """Send the summary and end the run."""
+        self._run.summary.update(dict(summary))
+        self._run.finish()
+
+
+def open_sinks(config: Config, run_dir: RunDir) -> list[Sink]:
+    """Return the sinks that the configuration asks for."""
+    match config.tracking.kind:
+        case TrackingKind.wandb:
+            return [WandbSink(config, run_dir)]
+        case TrackingKind.none:
+            return []
+
+
+def _wandb_mode() -> Any:
+    """WANDB_MODE decides if set; else online exactly when credentials are present."""
+    import wandb
+
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+
+
+def _kept_lines(path: Path, *, step: int) -> list[dict[str, float]]:
+    """Drop what a run that is being resumed wrote after the checkpoint; return the rest."""
+    if not path.exists():
+        return []
+    kept = [line for line in map(json.loads, path.read_text().splitlines()) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return kept

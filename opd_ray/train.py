@@ -1,0 +1,163 @@
+"""Starts a run: `python -m opd_ray.train experiment=demo key=value ...`; the only file that sees both sides."""
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from ray.exceptions import RayError
+
+import workers
+from opd_ray.banner import closing_words, describe_run, result_rows
+from opd_ray.config.cli import check_overrides
+from opd_ray.config.load import load, register_schema
+from opd_ray.config.schema import Config
+from opd_ray.console import RunConsole
+from opd_ray.controller import Fleets, Loop
+from opd_ray.data.models import inspect_models
+from opd_ray.data.prompts import PromptSets, ShuffledPrompts, load_prompts
+from opd_ray.data.tiny_models import build_tiny_model, is_built
+from opd_ray.evaluation import FleetEvaluator, HeldOut, teacher_accuracy
+from opd_ray.metrics import summarise
+from opd_ray.objectives import OBJECTIVES
+from opd_ray.protocol import Metrics, Payload, SamplingOptions
+from opd_ray.schedule import Schedule, derive_seed
+from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
+from opd_ray.tracking import RunTracker, open_sinks
+from workers.faults import describe
+
+_CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+_HELD_OUT_SEED_STREAM = 3
+# The driver computes nothing, and transformers' notes and bars would disturb the run's own.
+_QUIET_ENV = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+_RUN_FAILED, _USER_ERROR = 1, 2  # exit codes
+
+
+def train(config: Config, console: RunConsole) -> Metrics:
+    """Run one configuration to its end and return its summary.
+
+    Raises ValueError, before any worker starts, for what a user can mend; RayError when a worker fails.
+    """
+    start = time.perf_counter()
+    run_dir = RunDir.of(config)
+    check_free(run_dir, config.resume)
+    _build_missing_models(config, console)
+    models = inspect_models(student_path=config.student.path, teacher_path=config.teacher.path)
+    prompts = load_prompts(config, tokenizer=models.tokenizer)
+    with workers.connected(config):
+        step = claim(run_dir, config.resume)
+        (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        sinks = open_sinks(config, run_dir)
+        words = describe_run(config, models=models, prompts=prompts, run_dir=run_dir, step=step)
+        console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
+        held_out = _held_out(config, prompts)
+        measured = _measure_teacher(config, held_out=held_out, console=console)
+        with ExitStack() as stack:
+            with console.phase("start workers"):
+                fleets = stack.enter_context(
+                    workers.open_fleets(config, vocab_size=models.vocab_size, log_dir=run_dir.logs)
+                )
+                DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
+            with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
+                tracker = RunTracker(
+                    run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
+                )
+                _loop(config, fleets=fleets, prompts=prompts, tracker=tracker).run(step)
+            with console.phase("export student"):
+                fleets.learner.export(str(run_dir.export))
+    summary = {**summarise(tracker.history, wall_s=time.perf_counter() - start), **measured}
+    tracker.finish(summary)
+    console.table("Result", result_rows(summary, history=tracker.history, phases=console.phase_seconds))
+    console.say("\n".join(closing_words(run_dir)))
+    return summary
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one line and exit code 2, a failed worker exit code 1."""
+    os.environ.update(_QUIET_ENV)
+    register_schema()
+    try:
+        check_overrides(sys.argv[1:], config_dir=_CONFIG_DIR)
+    except ValueError as error:
+        _fail(str(error), _USER_ERROR)
+    _hydra_main()
+
+
+@hydra.main(version_base="1.3", config_path=str(_CONFIG_DIR), config_name="train")
+def _hydra_main(composed: DictConfig) -> None:
+    try:
+        config = load(composed)
+        train(config, RunConsole())
+    except RayError as error:  # first: a worker's ValueError arrives as both
+        _fail(describe(error, log_dir=RunDir.of(config).logs), _RUN_FAILED)
+    except ValueError as error:
+        _fail(str(error), _USER_ERROR)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _build_missing_models(config: Config, console: RunConsole) -> None:
+    """Train the tiny models that the configuration describes and that are not there yet."""
+    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        if model.build is None:
+            continue
+        path = Path(model.path)
+        if is_built(path, model.build):
+            console.say(f"{role} is in {path} already")
+            continue
+        with console.progress_phase(f"build {role}", num_steps=model.build.num_steps) as line:
+            build_tiny_model(path, spec=model.build, on_step=lambda step, _, loss: line.show_loss(step, loss))
+
+
+def _held_out(config: Config, prompts: PromptSets) -> HeldOut:
+    return HeldOut(
+        prompts=prompts.held_out,
+        sampling=_sampling(config, num_samples=config.eval.samples_per_prompt),
+        seed=derive_seed(config.seed, _HELD_OUT_SEED_STREAM),
+    )
+
+
+def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) -> Metrics:
+    if not config.teacher.evaluate:
+        return {}
+    with console.phase("evaluate teacher"), workers.teacher_sampler(config, log_dir=RunDir.of(config).logs) as sampler:
+        return teacher_accuracy(held_out, sampler)
+
+
+def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker) -> Loop:
+    return Loop(
+        schedule=Schedule(
+            num_steps=config.num_steps,
+            max_staleness=config.max_staleness,
+            eval_every=config.eval_every,
+            save_every=config.save_every,
+        ),
+        sampling=_sampling(config, num_samples=config.rollout.samples_per_prompt),
+        payload=Payload(OBJECTIVES[config.objective.kind.value].payload),
+        seed=config.seed,
+        fleets=fleets,
+        prompts=ShuffledPrompts(prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed),
+        evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets),
+        checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
+        tracker=tracker,
+    )
+
+
+def _sampling(config: Config, *, num_samples: int) -> SamplingOptions:
+    return SamplingOptions(
+        num_samples=num_samples,
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+    )
+
+
+if __name__ == "__main__":
+    main()

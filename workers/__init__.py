@@ -1,0 +1,122 @@
+"""The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the one public door."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import remove_placement_group
+
+from opd_ray.config.schema import Config
+from opd_ray.controller import Fleets
+from opd_ray.protocol import RolloutFleet
+from workers.fleet import Berth
+from workers.learner.fleet import RayLearner
+from workers.placement import check_capacity, connect, is_local, pools, reserve
+from workers.rollout.fleet import RayRolloutFleet
+from workers.teacher.fleet import RayTeacherFleet
+
+__all__ = ["connected", "open_fleets", "teacher_sampler"]
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Join or start the Ray cluster, check that the run fits it, and leave it at the end.
+
+    Raises ValueError when there is no cluster or it is too small.
+    """
+    connect(config.cluster)
+    try:
+        check_capacity(list(pools(config).values()))
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def open_fleets(config: Config, *, vocab_size: int, log_dir: Path) -> Iterator[Fleets]:
+    """Start all workers, wait until they are ready, and end them on leaving."""
+    berths = _berths(config, log_dir=log_dir)
+    max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    rollout = RayRolloutFleet(
+        model_path=config.student.path, config=config.rollout, max_model_tokens=max_tokens, berth=berths["rollout"]
+    )
+    teacher = RayTeacherFleet(
+        config=config.teacher,
+        top_k=config.objective.top_k,
+        berth=berths["teacher"],
+        arguments={
+            "max_model_tokens": max_tokens,
+            "vocab_size": vocab_size,
+            "temperature": config.rollout.temperature,
+        },
+    )
+    learner = RayLearner(
+        config=config.learner,
+        vocab_size=vocab_size,
+        berth=berths["learner"],
+        arguments={
+            "student_path": config.student.path,
+            "teacher_path": config.teacher.path,
+            "objective": config.objective,
+            "temperature": config.rollout.temperature,
+            "num_steps": config.num_steps,
+        },
+    )
+    fleets = (rollout, teacher, learner)
+    try:
+        for fleet in fleets:
+            fleet.wait_ready()
+        yield Fleets(rollout=rollout, teacher=teacher, learner=learner)
+    finally:
+        for fleet in fleets:
+            fleet.close()
+        remove_placement_group(berths["rollout"].placement_group)
+
+
+@contextmanager
+def teacher_sampler(config: Config, *, log_dir: Path) -> Iterator[RolloutFleet]:
+    """Start one rollout worker on the teacher's weights, to measure the teacher itself; it ends on leaving."""
+    model = replace(config.rollout, num_workers=1, dtype=config.teacher.dtype)
+    pool = replace(pools(config)["rollout"], num_workers=1)
+    group = reserve([pool], timeout_s=config.cluster.placement_timeout_s)
+    fleet = RayRolloutFleet(
+        model_path=config.teacher.path,
+        config=model,
+        max_model_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        berth=Berth(
+            role="teacher-sampler",
+            pool=pool,
+            placement_group=group,
+            log_dir=log_dir,
+            num_threads=config.cluster.threads_per_worker,
+            local=is_local(config.cluster),
+        ),
+    )
+    try:
+        fleet.wait_ready()
+        yield fleet
+    finally:
+        fleet.close()
+        remove_placement_group(group)
+
+
+def _berths(config: Config, *, log_dir: Path) -> dict[str, Berth]:
+    """Reserve one bundle for every worker of every pool, all or none."""
+    by_role = pools(config)
+    group: Any = reserve(list(by_role.values()), timeout_s=config.cluster.placement_timeout_s)
+    berths, first_bundle = {}, 0
+    for role, pool in by_role.items():
+        berths[role] = Berth(
+            role=role,
+            pool=pool,
+            placement_group=group,
+            first_bundle=first_bundle,
+            log_dir=log_dir,
+            num_threads=config.cluster.threads_per_worker,
+            local=is_local(config.cluster),
+        )
+        first_bundle += pool.num_workers
+    return berths

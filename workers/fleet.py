@@ -1,0 +1,106 @@
+"""Starts the actors of a pool, each in its place and with its output in a log file of its own, and ends them."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from workers.placement import Pool
+
+_MAX_CONCURRENT_CALLS = 100_000  # back-pressure is the schedule's task, not the actor's
+
+_ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's process
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_CPU_ENV = {
+    "DS_ACCELERATOR": "cpu",
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles its sampler's helpers even when eager: 20 s and a C++ compiler
+}
+_GPU_ENV = {"DS_ACCELERATOR": "cuda"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Berth:
+    """Where a pool's workers live: a run of bundles of the placement group, and the run's log folder."""
+
+    role: str
+    pool: Pool
+    placement_group: Any
+    first_bundle: int = 0
+    log_dir: Path
+    num_threads: int  # CPU threads of torch; 0: its own choice
+    local: bool  # everything on this machine's loopback
+
+    def log_file(self, index: int) -> Path:
+        """Return where a worker's output goes."""
+        return self.log_dir / f"{self.role}-{index}.log"
+
+
+def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any]) -> list[Any]:
+    """Start a pool's actors with the same arguments and return their handles at once."""
+    return [
+        ray.remote(_logged(worker_class, berth.log_file(index)))
+        .options(
+            name=f"{berth.role}-{index}",
+            num_cpus=berth.pool.cpus_per_worker,
+            num_gpus=berth.pool.gpus_per_worker,
+            runtime_env={"env_vars": _environment(berth)},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=berth.placement_group, placement_group_bundle_index=berth.first_bundle + index
+            ),
+            **_concurrency(worker_class),
+        )
+        .remote(**arguments)
+        for index in range(berth.pool.num_workers)
+    ]
+
+
+def kill(actors: Sequence[Any]) -> None:
+    """End actors at once."""
+    for actor in actors:
+        ray.kill(actor)
+
+
+def redirect_output(path: Path) -> None:
+    """Send this process's stdout and stderr, those of C libraries too, to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def _logged(worker_class: type, log_file: Path) -> type:
+    """Return the class with its output redirected before it is built; workers themselves know of no logs."""
+
+    def build(self: Any, **arguments: Any) -> None:
+        redirect_output(log_file)
+        worker_class.__init__(self, **arguments)
+
+    name = log_file.stem  # Ray quotes an actor's repr in its errors
+    return type(worker_class.__name__, (worker_class,), {"__init__": build, "__repr__": lambda _: name})
+
+
+def _concurrency(worker_class: type) -> dict[str, int]:
+    """Workers with an async interface take all calls at once; the others take them in order."""
+    is_async = hasattr(worker_class, "ready")
+    return {"max_concurrency": _MAX_CONCURRENT_CALLS} if is_async else {}
+
+
+def _environment(berth: Berth) -> dict[str, str]:
+    environment = dict(_ENGINE_ENV)
+    environment |= _CPU_ENV if berth.pool.gpus_per_worker == 0 else _GPU_ENV
+    if berth.num_threads > 0:
+        environment["OMP_NUM_THREADS"] = str(berth.num_threads)
+    if berth.local:
+        environment |= {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+    return environment

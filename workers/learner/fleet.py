@@ -1,0 +1,106 @@
+"""The learner's ranks as one learner: splits a batch over ranks from its summaries, each rank reads only its own."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from opd_ray.config.schema import LearnerConfig
+from opd_ray.data.packing import micro_batches, partition
+from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
+from workers.fleet import Berth, kill, spawn
+from workers.learner.report import RankBatch, combine
+from workers.learner.worker import LearnerWorker
+
+
+class RayLearner:
+    """`Learner` on Ray actors, one a DeepSpeed rank."""
+
+    def __init__(self, *, config: LearnerConfig, vocab_size: int, berth: Berth, arguments: dict[str, Any]) -> None:
+        self._config = config
+        self._objective_name = arguments["objective"].kind.value
+        self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments})
+        self._set_up = self._start_ranks(vocab_size=vocab_size, local=berth.local)
+
+    def wait_ready(self) -> None:
+        """Block until every rank has its engine."""
+        ray.get(self._set_up)
+
+    def update(self, batch: Batch) -> Metrics:
+        """Wait for the batch's last score, then take one optimizer update on all ranks."""
+        start = time.perf_counter()
+        summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
+        generated = time.perf_counter()
+        scored: list[ScoreSummary] = ray.get([s.summary for s in batch.scores])
+        ready = time.perf_counter()
+        shares = self._split(batch, summaries)
+        reports = ray.get([rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
+        return {
+            **combine(reports, objective=self._objective_name),
+            "teacher/bytes_per_token": sum(s.num_bytes for s in scored) / sum(s.num_tokens for s in scored),
+            "teacher/score_s_mean": sum(s.score_s for s in scored) / len(scored),
+            "time/wait_rollout_s": generated - start,
+            "time/wait_teacher_s": ready - generated,
+            "time/update_s": time.perf_counter() - ready,
+        }
+
+    def held_out_kl(self, batch: Batch) -> float:
+        """Exact KL(student || teacher), mean over the batch's tokens, in nats."""
+        shares = self._split(batch, ray.get([g.summary for g in batch.groups]))
+        results = ray.get([rank.held_out_kl.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
+        return sum(total for total, _ in results) / sum(count for _, count in results)
+
+    def publish(self, version: int) -> WeightBundle:
+        """Start gathering the weights of all ranks; the references resolve when they are in the object store."""
+        pairs = [rank.publish.options(num_returns=2).remote(version) for rank in self._ranks]
+        manifest, buffer = pairs[0]
+        return WeightBundle(version=version, manifest=manifest, buffer=buffer)
+
+    def save(self, folder: str) -> None:
+        """Write a checkpoint of all ranks."""
+        ray.get([rank.save.remote(folder) for rank in self._ranks])
+
+    def restore(self, folder: str) -> None:
+        """Load a checkpoint of all ranks."""
+        ray.get([rank.restore.remote(folder) for rank in self._ranks])
+
+    def export(self, folder: str) -> None:
+        """Write the student as a Hugging Face folder."""
+        ray.get([rank.export.remote(folder) for rank in self._ranks])
+
+    def close(self) -> None:
+        """End the ranks."""
+        kill(self._ranks)
+
+    def _start_ranks(self, *, vocab_size: int, local: bool) -> list[Any]:
+        address, port = ray.get(self._ranks[0].rendezvous.remote(local=local))
+        return [
+            rank.setup.remote(rank=index, master_address=address, master_port=port, vocab_size=vocab_size)
+            for index, rank in enumerate(self._ranks)
+        ]
+
+    def _split(self, batch: Batch, summaries: Sequence[GroupSummary]) -> list[tuple[Any, RankBatch, list[Any]]]:
+        """Return each rank with its share: what to do, and the references to its groups and their scores."""
+        costs = [s.num_prompt_tokens * len(s.response_lengths) + sum(s.response_lengths) for s in summaries]
+        shares = partition(costs, len(self._ranks))
+        cuts = [self._cut([summaries[i] for i in share]) for share in shares]
+        most = max(map(len, cuts))
+        num_loss_tokens = sum(s.num_loss_tokens for s in summaries)
+        return [
+            (
+                rank,
+                RankBatch(
+                    version=batch.step,
+                    num_groups=len(share),
+                    micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
+                    num_loss_tokens=num_loss_tokens,
+                ),
+                [batch.groups[i].group for i in share] + [batch.scores[i].score for i in share],
+            )
+            for rank, share, cut in zip(self._ranks, shares, cuts, strict=True)
+        ]
+
+    def _cut(self, summaries: Sequence[GroupSummary]) -> list[list[int]]:
+        lengths = [s.num_prompt_tokens + length for s in summaries for length in s.response_lengths]
+        return micro_batches(lengths, max_tokens=self._config.max_tokens_per_micro_batch)

@@ -1,0 +1,105 @@
+"""Joins or starts the Ray cluster and reserves a place for every worker, or says why there is none."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+
+from opd_ray.config.schema import ClusterConfig, Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The workers of one kind and what each of them needs."""
+
+    key: str  # configuration key that sizes the pool, for messages
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+def pools(config: Config) -> dict[str, Pool]:
+    """Return the pools of a run by role."""
+    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    return {
+        "rollout": Pool(
+            key="rollout.num_workers",
+            num_workers=rollout.num_workers,
+            cpus_per_worker=rollout.cpus_per_worker,
+            gpus_per_worker=rollout.gpus_per_worker,
+        ),
+        "teacher": Pool(
+            key="teacher.num_workers",
+            num_workers=teacher.num_workers,
+            cpus_per_worker=teacher.cpus_per_worker,
+            gpus_per_worker=teacher.gpus_per_worker,
+        ),
+        "learner": Pool(
+            key="learner.num_ranks",
+            num_workers=learner.num_ranks,
+            cpus_per_worker=learner.cpus_per_rank,
+            gpus_per_worker=learner.gpus_per_rank,
+        ),
+    }
+
+
+def is_local(config: ClusterConfig) -> bool:
+    """Whether the run brings its own cluster, on this machine's loopback."""
+    return config.address is None and "RAY_ADDRESS" not in os.environ
+
+
+def connect(config: ClusterConfig) -> None:
+    """Join the cluster at `cluster.address` or RAY_ADDRESS; without either start one in this process.
+
+    Raises ValueError when there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if is_local(config):
+        ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        return
+    try:
+        ray.init(config.address or os.environ["RAY_ADDRESS"], **quiet)
+    except ConnectionError as error:
+        raise ValueError(f"cluster.address={config.address}: no Ray cluster answers there ({error})") from None
+
+
+def check_capacity(all_pools: Sequence[Pool]) -> None:
+    """Raise ValueError when the workers ask for more CPUs or GPUs than the whole cluster has."""
+    available = ray.cluster_resources()
+    for resource, needed in _totals(all_pools).items():
+        present = available.get(resource, 0)
+        if needed > present:
+            asked = ", ".join(f"{p.key}={p.num_workers} x {_share(p, resource):g}" for p in all_pools)
+            raise ValueError(
+                f"the run asks for {needed:g} {resource}s and the cluster has {present:g} ({asked}): lower one of"
+                f" these or {'the *.cpus_per_* keys' if resource == 'CPU' else 'use a larger cluster'}"
+            )
+
+
+def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:
+    """Return a placement group with one bundle a worker, in the pools' order."""
+    bundles = [
+        {"CPU": pool.cpus_per_worker, **({"GPU": pool.gpus_per_worker} if pool.gpus_per_worker else {})}
+        for pool in all_pools
+        for _ in range(pool.num_workers)
+    ]
+    group = placement_group(bundles, strategy="PACK")
+    if not group.wait(timeout_s):
+        raise ValueError(
+            f"no place for {len(bundles)} workers within cluster.placement_timeout_s={timeout_s:g}; the cluster's free"
+            f" resources are {ray.available_resources()}"
+        )
+    return group
+
+
+def _share(pool: Pool, resource: str) -> float:
+    return pool.cpus_per_worker if resource == "CPU" else pool.gpus_per_worker
+
+
+def _totals(all_pools: Sequence[Pool]) -> dict[str, float]:
+    return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}

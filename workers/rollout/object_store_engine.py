@@ -1,0 +1,80 @@
+"""A vLLM weight-transfer engine that reads a published buffer from Ray's object store.
+
+Registered beside vLLM's own `nccl` and `ipc` engines; it serves CPU clusters and any worker that cannot join those.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from workers.weights import WeightManifest, read_tensors
+
+BACKEND = "object_store"
+
+
+@dataclass
+class ObjectStoreInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on: each update carries its own manifest."""
+
+
+@dataclass
+class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
+    """One whole publication."""
+
+    manifest: WeightManifest
+    buffer: npt.NDArray[np.uint8]
+
+
+class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
+    """Loads every tensor of a publication into the model, layer by layer."""
+
+    init_info_cls = ObjectStoreInitInfo
+    update_info_cls = ObjectStoreUpdateInfo
+
+    def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
+        """No rendezvous is needed."""
+
+    def start_weight_update(self) -> None:
+        """Give layers back their loadable form (vLLM packs CPU weights at load)."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
+        """Load all tensors; vLLM copies from the read-only views."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self.model.load_weights(read_tensors(update_info.buffer, update_info.manifest))
+
+    def finish_weight_update(self) -> None:
+        """Pack the layers again, and the tied head, which vLLM's reload leaves at its old values on CPU."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_tied_head(self.model, self.device)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+def repack_tied_head(model: torch.nn.Module, device: torch.device) -> None:
+    """Redo the packing of a head that shares its matrix with the input embedding.
+
+    vLLM's CPU build keeps a packed copy of the head. A reload writes the embedding's matrix; the packed copy stays as
+    it was, silently, until it is made again.
+    """
+    head = getattr(model, "lm_head", None)
+    if device.type == "cpu" and head is not None and model.config.tie_word_embeddings:
+        head.quant_method.process_weights_after_loading(head)
+
+
+def register() -> None:
+    """Make the engine known to vLLM under `BACKEND`; harmless when repeated."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreWeightTransferEngine)

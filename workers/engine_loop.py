@@ -19,7 +19,6 @@ import numpy.typing as npt
 class _Request:
     token_ids: list[int]
     params: Any  # vllm.SamplingParams | vllm.PoolingParams
-    cache_salt: str | None
     done: "Future[Any]"
 
 
@@ -30,9 +29,13 @@ class _Call:
 
 
 class EngineLoop:
-    """Owns a `vllm.v1.engine.llm_engine.LLMEngine` and the thread that steps it."""
+    """Owns a `vllm.v1.engine.llm_engine.LLMEngine` and the thread that steps it.
+
+    cache_salt: set from inside a `call`; requests admitted from then on share cached prefixes with one another only.
+    """
 
     def __init__(self, engine: Any) -> None:
+        self.cache_salt: str | None = None
         self._engine = engine
         self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
         self._running: dict[str, Future[Any]] = {}
@@ -41,13 +44,10 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
-    def submit(self, token_ids: npt.NDArray[np.int32], params: Any, *, cache_salt: str | None = None) -> "Future[Any]":
-        """Queue one sequence; the future resolves to vLLM's finished output.
-
-        `cache_salt` separates prefix-cache entries: requests share cached prefixes only under the same salt.
-        """
+    def submit(self, token_ids: npt.NDArray[np.int32], params: Any) -> "Future[Any]":
+        """Queue one sequence; the future resolves to vLLM's finished output."""
         done: Future[Any] = Future()
-        self._put(_Request(token_ids=token_ids.tolist(), params=params, cache_salt=cache_salt, done=done))
+        self._put(_Request(token_ids=token_ids.tolist(), params=params, done=done))
         return done
 
     def call(self, function: Callable[[], Any]) -> "Future[Any]":
@@ -94,8 +94,8 @@ class EngineLoop:
 
     def _admit(self, item: _Request) -> None:
         prompt: dict[str, Any] = {"prompt_token_ids": item.token_ids}
-        if item.cache_salt is not None:
-            prompt["cache_salt"] = item.cache_salt
+        if self.cache_salt is not None:
+            prompt["cache_salt"] = self.cache_salt
         self._num_requests += 1
         request_id = str(self._num_requests)
         try:

@@ -1,31 +1,39 @@
 """Checks the command line's overrides by composing once before Hydra does, to say in one line what is wrong."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from opd_ray.config.schema import Config
 
+_UNKNOWN_KEY = (ConfigAttributeError, ConfigKeyError)
+
 
 def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> None:
-    """Raise ValueError for overrides that do not compose: an unknown key or choice, a value of the wrong type."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            compose("train", overrides=fixed)
-    except MissingConfigException as error:
-        raise ValueError(_missing_choice(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error)) from None
+    """Raise ValueError for overrides that do not compose: an unknown key or choice, a value of the wrong type.
+
+    Of a sweep, every value is tried with the first value of the others.
+    """
+    parsed = [_parse(argument) for argument in arguments if not argument.startswith("-")]
+    is_multirun = "-m" in arguments or "--multirun" in arguments
+    for override in parsed:
+        if override.is_sweep_override() and not is_multirun:
+            raise ValueError(
+                f"{override.input_line}: several values are a sweep, which needs --multirun; one value with a comma"
+                " needs quotes inside: key='\"a,b\"'"
+            )
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        for overrides in _combinations(parsed):
+            _compose(overrides)
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
@@ -35,19 +43,51 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
     for field in fields(schema):
         key = f"{prefix}{field.name}"
         block = next((t for t in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(t)), None)
-        keys += [key] if block is None else [key, *known_keys(_as_type(block), f"{key}.")]
+        keys.append(key)
+        if isinstance(block, type):
+            keys += known_keys(block, f"{key}.")
     return keys
 
 
-def _as_type(block: Any) -> type:
-    assert isinstance(block, type)
-    return block
+def _parse(argument: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except (OverrideParseException, HydraException):
+        raise ValueError(
+            f"{argument}: not of the form key=value; a value with special characters needs quotes inside:"
+            " key='\"value\"'"
+        ) from None
+
+
+def _combinations(parsed: Sequence[Override]) -> Iterator[list[str]]:
+    """Yield override lists: the first value of every sweep, then each further value by itself."""
+    values = [_values(override) for override in parsed]
+    yield [v[0] for v in values]
+    for position, alternatives in enumerate(values):
+        for value in alternatives[1:]:
+            yield [value if i == position else v[0] for i, v in enumerate(values)]
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _compose(overrides: list[str]) -> None:
+    try:
+        composed = compose("train", overrides=overrides)
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))  # refuses what a `+` has added
+    except MissingConfigException as error:
+        raise ValueError(_missing_choice(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error)) from None
 
 
 def _missing_choice(error: MissingConfigException) -> str:
-    name = error.missing_cfg_file or "?"
     options = ", ".join(error.options or ()) or "none"
-    group, _, choice = str(name).rpartition("/")
+    group, _, choice = str(error.missing_cfg_file or "?").rpartition("/")
     return f"{group}={choice}: no such choice (available: {options})"
 
 
@@ -56,9 +96,18 @@ def _explain(error: Exception) -> str:
     root: BaseException = error
     while root.__cause__ is not None and not getattr(root, "full_key", None):
         root = root.__cause__
-    key = getattr(root, "full_key", None) or ""
-    lines = str(root).splitlines() or [type(error).__name__]
-    if "is not in struct" in str(root) or "not in struct" in str(error):
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
-    return f"{key}: {lines[0]}" if key else lines[0]
+    key = str(getattr(root, "full_key", None) or "")
+    first_line = (str(root).splitlines() or [type(error).__name__])[0]
+    if not isinstance(root, _UNKNOWN_KEY):
+        return f"{key}: {first_line}" if key else first_line
+    if ".engine_args." in key:
+        return f"{key}: engine_args holds no such key yet; add it with a plus: +{key}=..."
+    near = _near(key)
+    return f"{key}: no such key" + (f"; did you mean {near}?" if near else "")
+
+
+def _near(key: str) -> Any:
+    """Return the known key that a wrong one most likely stands for: the same last part, or similar letters."""
+    keys = known_keys()
+    same_end = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return next(iter(sorted(same_end, key=len) or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)), None)

@@ -2,7 +2,7 @@
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from opd_ray.config.schema import Config
 from opd_ray.config.validate import validate
@@ -15,13 +15,11 @@ def register_schema() -> None:
 
 def load(composed: DictConfig) -> Config:
     """Return the validated configuration. Raises ValueError naming the key at fault."""
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ValueError(f"{missing[0]} is not given: it has no default (missing: {', '.join(missing)})")
     try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ValueError(f"{missing[0]} is not given: it has no default (missing: {', '.join(missing)})")
         config = OmegaConf.to_object(composed)
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key} is not given: it has no default") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)

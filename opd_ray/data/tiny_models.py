@@ -21,6 +21,8 @@ from opd_ray.data.tasks import TASKS, TaskExample
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention has kernels for
 MAX_TOKENS = 128
 WARMUP_FRACTION = 0.1
+PREFIX_NOISE = 0.1  # share of answer tokens that are read as a random digit, while the label stays right
+NUM_DIGITS = 10
 IGNORED_LABEL = -100  # positions with this label stay out of the cross-entropy
 SPEC_FILE = "tiny_model.json"
 MODEL_FILES = (
@@ -60,9 +62,12 @@ def is_built(path: Path, spec: TinyModelConfig) -> bool:
 def build_tiny_model(path: Path, *, spec: TinyModelConfig, on_step: OnStep) -> None:
     """Train a Qwen3 model on the spec's task and write it to `path` as a Hugging Face folder.
 
+    It reads some answer tokens wrong and must still go on right: a teacher scores prefixes that a weaker model wrote.
     The folder appears whole or not at all. A tiny model of another spec is replaced; any other folder there raises
     ValueError, since it was not made here.
     """
+    if spec.task not in TASKS:
+        raise ValueError(f"unknown task {spec.task!r}: expected one of {', '.join(TASKS)}; change *.build.task")
     if path.exists() and not (path / SPEC_FILE).is_file():
         raise ValueError(f"{path} exists and holds no {SPEC_FILE}: expected a free path or a tiny model; change *.path")
     tokenizer = build_tokenizer()
@@ -102,7 +107,8 @@ def _train(
     for step in range(spec.num_steps):
         batch = examples[step * spec.batch_size : (step + 1) * spec.batch_size]
         input_ids_BT, labels_BT = _encode(batch, tokenizer=tokenizer)
-        loss = model(input_ids=input_ids_BT, labels=labels_BT, use_cache=False).loss
+        noisy_ids_BT = _with_noise(input_ids_BT, labels_BT=labels_BT)
+        loss = model(input_ids=noisy_ids_BT, labels=labels_BT, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -137,6 +143,12 @@ def _encode(examples: list[TaskExample], *, tokenizer: PreTrainedTokenizerFast) 
         input_ids_BT[row, :end] = torch.tensor(prompt + answer)
         labels_BT[row, len(prompt) : end] = torch.tensor(answer)
     return input_ids_BT, labels_BT
+
+
+def _with_noise(input_ids_BT: torch.Tensor, *, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Replace a share PREFIX_NOISE of the tokens that carry a label by random digits."""
+    is_noise_BT = (torch.rand(input_ids_BT.shape) < PREFIX_NOISE) & (labels_BT != IGNORED_LABEL)
+    return torch.where(is_noise_BT, torch.randint(NUM_DIGITS, input_ids_BT.shape), input_ids_BT)
 
 
 def _write(path: Path, *, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: TinyModelConfig) -> None:

@@ -28,8 +28,8 @@ class RankReport:
     loss_sum: float
     divergence_sum: float  # nats
     num_tokens: int
-    fresh_gap_max: float  # |learner - sampler| log-prob, nats, over tokens of the current version; -1 without any
-    stale_gap_max: float  # the same over older tokens
+    fresh_gap_max: float  # |learner - sampler| log-prob, nats, over sequences of the current version; -1 without any
+    stale_gap_max: float  # the same over sequences with older tokens
     age_sum: float  # versions between sampling and learning, summed over tokens
     grad_norm: float  # global, before clipping
     lr: float
@@ -52,6 +52,10 @@ class Totals:
         """Add one micro-batch."""
         mask = torch.from_numpy(np.concatenate([s.loss_mask for s in sequences]))
         age = self.version - torch.from_numpy(np.concatenate([s.token_versions for s in sequences]))
+        # A sequence that ran across an update keeps its old key-value entries: none of its tokens shows the new
+        # weights alone, so the gap counts it by its oldest token.
+        oldest = [np.full_like(s.token_versions, s.token_versions.min()) for s in sequences]
+        sequence_age = self.version - torch.from_numpy(np.concatenate(oldest))
         sampler = torch.from_numpy(np.concatenate([s.sampled_logprobs for s in sequences]))
         self.loss.append(losses.loss_N.detach().sum())
         self.divergence.append(losses.divergence_N.sum())
@@ -61,7 +65,7 @@ class Totals:
         known = slice(len(learner))  # the leading tokens whose log-prob the objective gives
         gap = (learner - sampler[known].to(learner.device)).abs()
         self.gaps.append(gap[mask[known].to(gap.device)])
-        self.ages.append(age[known][mask[known]].to(gap.device))
+        self.ages.append(sequence_age[known][mask[known]].to(gap.device))
 
     def report(self, *, grad_norm: float, lr: float, learn_s: float) -> RankReport:
         """Read the sums off the device, once."""

@@ -75,9 +75,8 @@ class RolloutWorker:
         return self._summarise(request, group, seconds=time.perf_counter() - start), group
 
     def _submit(self, request: GenerateRequest) -> "list[Future[Any]]":
-        salt = str(self._version)
         return [
-            self._loop.submit(request.prompt.ids_P, sampling_params(request.sampling, seed=seed), cache_salt=salt)
+            self._loop.submit(request.prompt.ids_P, sampling_params(request.sampling, seed=seed))
             for seed in (derive_seed(request.seed, sample) for sample in range(request.sampling.num_samples))
         ]
 
@@ -87,6 +86,7 @@ class RolloutWorker:
         self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
         self._engine.collective_rpc("finish_weight_update")
         self._engine.set_weight_version(str(manifest.version))
+        self._loop.cache_salt = str(manifest.version)  # prefixes cached under the old weights are not for the new
 
     def _summarise(self, request: GenerateRequest, group: TrajectoryGroup, *, seconds: float) -> GroupSummary:
         texts = [

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_ray.config.schema import TinyModelConfig
 from opd_ray.data.tasks import TASKS
-from opd_ray.data.tiny_models import _encode, build_tiny_model, build_tokenizer, is_built
+from opd_ray.data.tiny_models import _encode, _with_noise, build_tiny_model, build_tokenizer, is_built
 
 SPEC = TinyModelConfig(num_layers=1, hidden_size=32, num_heads=1, num_steps=3, batch_size=4)
 
@@ -50,6 +50,14 @@ def test_only_the_answer_and_the_end_carry_labels():
     assert (labels_BT[0, :24] == -100).all()
     assert tokenizer.decode(labels_BT[0, 24:]) == example.answer + "<eos>"
     assert torch.equal(input_ids_BT[0, 24:], labels_BT[0, 24:])
+
+
+def test_noise_touches_a_tenth_of_the_answer_and_none_of_the_prompt():
+    input_ids_BT, labels_BT = _encode(TASKS["sort"].examples(num_examples=500, seed=0), tokenizer=build_tokenizer())
+    torch.manual_seed(0)
+    is_changed_BT = _with_noise(input_ids_BT, labels_BT=labels_BT) != input_ids_BT
+    assert not is_changed_BT[:, :24].any()
+    assert 0.07 < is_changed_BT[:, 24:].float().mean() < 0.11  # a tenth of the random digits are the right ones
 
 
 def test_transformers_loads_a_built_model_and_its_tokenizer(built: Path):
@@ -103,6 +111,11 @@ def test_a_model_of_another_spec_is_replaced(tmp_path: Path):
     build_tiny_model(path, spec=SPEC, on_step=ignore_step)
     build_tiny_model(path, spec=replace(SPEC, seed=1), on_step=ignore_step)
     assert is_built(path, replace(SPEC, seed=1))
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'sorting': expected one of sort; change \*\.build\.task"):
+        build_tiny_model(tmp_path / "tiny", spec=replace(SPEC, task="sorting"), on_step=ignore_step)
 
 
 def test_a_folder_made_by_someone_else_is_refused_and_kept(tmp_path: Path):

@@ -1,0 +1,48 @@
+# The commands of DESIGN: setup, demo, test, check. Everything is installed into .venv from the locked list.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := docker/requirements-cpu.lock
+TORCH := torch==2.13.0+cpu
+TORCH_CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The environment is current while the lock, the project file and the interpreter are what it was built from.
+STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: help setup demo test check unit bench clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv with the locked CPU dependencies
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=..." >&2; exit 2; }
+	@echo "setting up $(VENV) (a few minutes, about 4 GB)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  torch ..."
+	@$(PIP) install --no-deps "$(TORCH)" 2>/dev/null || $(PIP) install --no-deps --index-url "$(TORCH_CPU_WHEELS)" "$(TORCH)"
+	@echo "  the locked list ..."
+	@$(PIP) install --no-deps -r $(LOCK)
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup  ## run the main job on this machine with models it builds itself
+	@$(BIN)/python -m opd_ray.train experiment=demo resume=overwrite $(ARGS)
+
+check: setup  ## ruff, mypy, import-linter, size gate
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports --config pyproject.toml
+	@$(BIN)/python -m pytest -q tests/unit/test_layout.py
+
+unit: setup  ## unit tests only
+	@$(BIN)/python -m pytest -q tests/unit
+
+test: check  ## the checks and all tests that need no GPU
+	@$(BIN)/python -m pytest -q -m "not gpu and not bench" --durations=5 tests
+
+clean:  ## remove the environment and the caches, not the runs
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

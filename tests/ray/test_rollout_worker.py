@@ -1,0 +1,127 @@
+"""The rollout worker on a real vLLM engine, as a plain object without Ray."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_prompt, reference_logprobs, reference_model, sampled
+
+from opd_ray.config.schema import Dtype, RolloutConfig
+from opd_ray.protocol import GenerateRequest, GroupSummary, SamplingOptions, TrajectoryGroup
+from workers.rollout.worker import RolloutWorker
+from workers.weights import plan_manifest, write_tensor
+
+pytestmark = pytest.mark.ray
+
+_ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+_PROMPT = make_prompt(*([1, 2, 3, 4, 5] * 8), answer="1")  # longer than a block of the prefix cache
+
+
+def _worker(folder: str, **options: Any) -> RolloutWorker:
+    config = RolloutConfig(dtype=Dtype.float32, engine_args=_ENGINE_ARGS, **options)
+    return RolloutWorker(model_path=folder, config=config, max_model_tokens=64)
+
+
+def _request(*, version: int, seed: int = 0, num_samples: int = 4, temperature: float = 1.0) -> GenerateRequest:
+    sampling = SamplingOptions(num_samples=num_samples, max_response_tokens=12, temperature=temperature, top_p=1.0)
+    return GenerateRequest(prompt=_PROMPT, sampling=sampling, version=version, seed=seed)
+
+
+async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int) -> None:
+    named = list(model.named_parameters())
+    manifest = plan_manifest(((name, p.dtype, tuple(p.shape)) for name, p in named), version=version)
+    buffer = np.empty(manifest.num_bytes, dtype=np.uint8)
+    for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
+        write_tensor(buffer, entry, parameter)
+    buffer.flags.writeable = False  # as Ray hands it out
+    await worker.load(manifest, buffer)
+
+
+async def _generate(worker: RolloutWorker, *requests: GenerateRequest) -> list[tuple[GroupSummary, TrajectoryGroup]]:
+    return list(await asyncio.gather(*map(worker.generate, requests)))
+
+
+def _disturb(model: torch.nn.Module, *, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied head", "tied head"])
+def test_log_probs_are_those_of_the_published_weights_after_every_update(model_folder: Any, tied: bool) -> None:
+    folder = model_folder(seed=1, tied=tied)
+    model = reference_model(folder)
+
+    async def scenario() -> None:
+        worker = _worker(folder)
+        for version in range(3):
+            await _load(worker, model, version=version)
+            for summary, group in await _generate(worker, *(_request(version=version, seed=s) for s in range(4))):
+                truth = sampled(reference_logprobs(model, group), group).detach().numpy()
+                np.testing.assert_allclose(group.sampled_logprobs, truth, atol=1e-5)
+                assert (group.token_versions == version).all()
+                assert summary.oldest_version == version
+                assert summary.response_lengths == tuple(np.diff(group.offsets))
+            _disturb(model, seed=version)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_waits_for_the_version_it_asks_for(model_folder: Any) -> None:
+    folder = model_folder(seed=1)
+    model = reference_model(folder)
+
+    async def scenario() -> None:
+        worker = _worker(folder)
+        await _load(worker, model, version=0)
+        early = asyncio.create_task(worker.generate(_request(version=1)))
+        await _generate(worker, _request(version=0))
+        assert not early.done()
+        await _load(worker, model, version=1)
+        _, group = await early
+        assert (group.token_versions == 1).all()
+
+    asyncio.run(scenario())
+
+
+def test_the_same_request_gives_the_same_samples_and_each_sample_differs(model_folder: Any) -> None:
+    async def scenario() -> None:
+        folder = model_folder(seed=1)
+        worker = _worker(folder)
+        await _load(worker, reference_model(folder), version=0)
+        (_, first), (_, again) = await _generate(worker, _request(version=0, seed=5), _request(version=0, seed=5))
+        np.testing.assert_array_equal(first.response_ids, again.response_ids)
+        responses = {tuple(first.response_ids[a:b]) for a, b in zip(first.offsets[:-1], first.offsets[1:], strict=True)}
+        assert len(responses) > 1
+
+    asyncio.run(scenario())
+
+
+def test_log_probs_are_taken_at_the_rollout_temperature(model_folder: Any) -> None:
+    folder = model_folder(seed=1)
+
+    async def scenario() -> None:
+        worker = _worker(folder, temperature=0.5)
+        model = reference_model(folder)
+        await _load(worker, model, version=0)
+        _, group = (await _generate(worker, _request(version=0, temperature=0.5)))[0]
+        truth = sampled((reference_logprobs(model, group) / 0.5).log_softmax(-1), group).detach().numpy()
+        np.testing.assert_allclose(group.sampled_logprobs, truth, atol=1e-5)
+
+    asyncio.run(scenario())
+
+
+def test_more_seeded_prompts_than_one_prefill_holds_are_served(model_folder: Any) -> None:
+    """vLLM's partial prefill rewinds a seeded generator, which torch's CPU generator refuses."""
+    folder = model_folder(seed=1)
+
+    async def scenario() -> None:
+        worker = _worker(folder)
+        await _load(worker, reference_model(folder), version=0)
+        requests = [_request(version=0, seed=seed) for seed in range(64)]
+        assert len(await _generate(worker, *requests)) == 64
+
+    asyncio.run(scenario())

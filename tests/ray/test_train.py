@@ -1,0 +1,146 @@
+"""Whole runs on the real stack: Ray, vLLM rollouts, vLLM teacher, object store, DeepSpeed."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import compose_config
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams
+
+from opd_ray.console import RunConsole
+from opd_ray.protocol import Metrics
+from opd_ray.train import train
+
+pytestmark = pytest.mark.ray
+
+Overrides = Callable[..., list[str]]
+
+
+def _train(overrides: list[str]) -> tuple[Metrics, str]:
+    """Run to the end; return the summary and what a person saw."""
+    screen = io.StringIO()
+    summary = train(compose_config(overrides), RunConsole(Console(file=screen, width=200)))
+    return summary, screen.getvalue()
+
+
+def _lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["full", "support", "sampled"])
+def test_a_teacher_that_is_the_student_gives_kl_zero_through_the_whole_stack(
+    overrides: Overrides, tmp_path: Path, model_folder: Any, objective: str
+) -> None:
+    folder = model_folder(seed=1, tied=objective == "full")
+    summary, _ = _train(
+        overrides(
+            f"student.path={folder}",
+            f"teacher.path={folder}",
+            f"objective={objective}",
+            "objective.top_k=8",
+            # A step that small leaves the student the teacher, so that the second batch must give 0 as well.
+            "learner.lr=1e-9",
+        )
+    )
+    assert summary["reverse_kl_before"] < 1e-4
+    assert summary["reverse_kl_after"] < 1e-4
+    steps = [m for m in _lines(tmp_path / "runs" / "test") if m["step"] > 0]
+    assert len(steps) == 2
+    for metrics in steps:
+        assert abs(metrics[f"distill/reverse_kl_{objective}"]) < 1e-4
+        assert metrics["rollout/logprob_gap_max"] < 1e-4
+
+
+def test_a_run_leaves_what_the_readme_lists_and_a_student_that_others_load(
+    overrides: Overrides, tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    summary, screen = _train(
+        overrides(
+            f"student.path={model_folder(seed=1, tied=True)}", "tracking=wandb", "teacher.evaluate=true", "eval_every=1"
+        )
+    )
+    run_dir = tmp_path / "runs" / "test"
+
+    steps = _lines(run_dir)
+    assert [m["step"] for m in steps] == [0, 1, 2]
+    assert all(m["rollout/logprob_gap_max"] < 1e-4 for m in steps[1:])
+    assert all("eval/reverse_kl" in m and "eval/accuracy_avg" in m for m in steps)
+    assert steps[1]["teacher/bytes_per_token"] == 4 * 128
+    written = json.loads((run_dir / "summary.json").read_text())
+    assert written == dict(summary)
+    assert {"wall_s", "steps", "teacher_accuracy", "student_accuracy_before", "reverse_kl_after"} <= written.keys()
+    assert len(_lines(run_dir, "samples.jsonl")) == 2 * 2
+    assert "num_prompts: 4" in (run_dir / "config.yaml").read_text()
+    assert {p.name for p in (run_dir / "logs").iterdir()} >= {"rollout-0.log", "teacher-0.log", "learner-1.log"}
+    assert list((run_dir / "wandb").glob("offline-run-*"))
+    assert "held-out reverse KL after" in screen
+    assert "WARNING" not in screen
+
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
+    prompt = tokenizer("1+2=", return_tensors="pt")
+    by_transformers = AutoModelForCausalLM.from_pretrained(run_dir / "export").generate(
+        **prompt, max_new_tokens=6, do_sample=False
+    )[0, prompt["input_ids"].shape[1] :]
+    llm = LLM(
+        str(run_dir / "export"),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=32,
+        distributed_executor_backend="uni",
+        kv_cache_memory_bytes=64 << 20,
+    )
+    (by_vllm,) = llm.generate("1+2=", SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    assert by_transformers.tolist() == list(by_vllm.outputs[0].token_ids)
+
+
+def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    data = tmp_path / "prompts.parquet"
+    rows = [{"prompt": f"{i % 10}+1=", "answer": "1", "task": "numeric"} for i in range(12)]
+    pq.write_table(pa.Table.from_pylist(rows), data)
+    _train(
+        overrides(
+            "max_staleness=1",
+            "num_steps=4",
+            "data=parquet",
+            f"data.path={data}",
+            "data.task=null",
+            "objective=sampled",
+            "objective.discount=0.5",
+            "rollout.num_workers=2",
+            "rollout.cpus_per_worker=0.25",
+        )
+    )
+    steps = _lines(tmp_path / "runs" / "test")[1:]
+    assert len(steps) == 4
+    assert steps[0]["train/token_age_mean"] == 0
+    assert all(0 <= m["train/token_age_mean"] <= 1 for m in steps)
+    assert max(m["train/token_age_mean"] for m in steps) > 0
+    assert all(m["rollout/logprob_gap_max"] < 1e-4 for m in steps if "rollout/logprob_gap_max" in m)
+    assert all("rollout/accuracy" in m for m in steps)
+
+
+def test_a_resumed_run_goes_on_from_its_checkpoint(overrides: Overrides, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "test"
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10)))
+    more = ["data=jsonl", f"data.path={data}", "data.task=null", "objective=support", "objective.top_k=4"]
+    _train(overrides(*more, "save_every=2"))
+    first = _lines(run_dir)
+    assert (run_dir / "checkpoints" / "step-000002" / "state.json").exists()
+
+    _train(overrides(*more, "save_every=2", "num_steps=3", "resume=auto"))
+    steps = _lines(run_dir)
+    assert steps[:3] == first
+    assert [m["step"] for m in steps] == [0, 1, 2, 3]
+    assert "eval/accuracy" not in steps[-1]  # the file gives no answers
+    assert steps[-1]["rollout/logprob_gap_max"] < 1e-4

@@ -1,0 +1,69 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from config_files import compose_config
+from fakes import make_prompt
+
+from opd_ray.banner import closing_words, describe_run, result_rows, teacher_bytes_per_token
+from opd_ray.data.models import ModelPair
+from opd_ray.data.prompts import PromptSets
+from opd_ray.state import RunDir
+
+MODELS = ModelPair(tokenizer=None, vocab_size=14, teacher_hidden_size=128)
+PROMPTS = PromptSets(train=[make_prompt()] * 1200, held_out=[make_prompt()] * 8, num_dropped=0)
+
+
+def described(*overrides: str, num_dropped: int = 0, step: int = 0) -> str:
+    config = compose_config("experiment=demo", *overrides)
+    prompts = replace(PROMPTS, num_dropped=num_dropped)
+    lines = describe_run(config, models=MODELS, prompts=prompts, run_dir=RunDir(path=Path("/runs/demo")), step=step)
+    return "\n".join(lines)
+
+
+def test_the_banner_says_what_the_run_is_made_of():
+    text = described("batch.num_prompts=32", "rollout.samples_per_prompt=4", "max_staleness=1")
+    assert "student    runs/models/tiny-student" in text
+    assert "teacher    runs/models/tiny-teacher" in text
+    assert "prompts    1,200 to train on, 8 held out\n" in text
+    assert "32 prompts x 4 samples = 128 trajectories an update, max_staleness 1" in text
+    assert "1 rollout, 1 teacher, 2 learner (ZeRO-2, float32)" in text
+    assert "steps      0 to 150\n" in text
+    assert "run dir    /runs/demo" in text
+
+
+def test_the_banner_counts_dropped_prompts_and_says_when_a_run_is_resumed():
+    text = described(num_dropped=17, step=50)
+    assert "8 held out, 17 dropped" in text
+    assert "steps      50 to 150 (resumed)" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_bytes"),
+    [
+        (["objective=sampled"], 4),
+        (["objective=support", "objective.top_k=12"], 96),
+        (["objective=full", "teacher.dtype=float32"], 512),
+        (["objective=full", "teacher.dtype=bfloat16"], 256),
+    ],
+)
+def test_the_bytes_a_token_are_those_of_the_objectives_payload(overrides: list[str], num_bytes: int):
+    assert teacher_bytes_per_token(compose_config("experiment=demo", *overrides), MODELS) == num_bytes
+
+
+def test_the_result_shows_what_was_measured_and_says_what_was_not():
+    summary = {"student_accuracy_before": 0.125, "student_accuracy_after": 0.5, "wall_s": 61.25}
+    rows = dict(result_rows(summary, history=[], phases={"train": 40.0}))
+    assert rows["student accuracy before"] == "12.5%"
+    assert rows["student accuracy after"] == "50.0%"
+    assert rows["teacher accuracy"] == "not measured"
+    assert rows["held-out reverse KL after"] == "not measured"
+    assert rows["median step"] == "no steps"
+    assert rows["seconds: train"] == "40.0"
+    assert rows["seconds: whole run"] in ("61.2", "61.3")
+
+
+def test_the_last_words_name_every_file_of_the_run():
+    text = "\n".join(closing_words(RunDir(path=Path("/runs/demo"))))
+    for name in ("/runs/demo", "metrics.jsonl", "samples.jsonl", "summary.json", "config.yaml", "export/", "logs/"):
+        assert name in text

@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import pytest
+from fakes import Event, fake_fleets, make_prompt
+
+from opd_ray.evaluation import FleetEvaluator, HeldOut, teacher_accuracy
+from opd_ray.protocol import Payload, SamplingOptions
+
+SAMPLING = SamplingOptions(num_samples=4, max_response_tokens=8, temperature=0.7, top_p=0.9)
+HELD_OUT = HeldOut(prompts=[make_prompt(i) for i in range(3)], sampling=SAMPLING, seed=5)
+
+
+def test_evaluation_gives_accuracy_average_and_kl():
+    fleets = fake_fleets([], rewards=[1.0, 0.0])
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
+    assert metrics.pop("time/eval_s") >= 0
+    assert metrics == {"eval/reverse_kl": 0.75, "eval/accuracy": 0.5, "eval/accuracy_avg": 0.5}
+
+
+def test_accuracies_are_left_out_where_prompts_have_no_answers():
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fake_fleets([])).evaluate(2)
+    assert set(metrics) == {"eval/reverse_kl", "time/eval_s"}
+
+
+def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_learned():
+    events: list[Event] = []
+    fleets = fake_fleets(events)
+    FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
+    assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, Payload.hidden), ("held_out_kl", 2)]
+    (batch,) = fleets.learner.batches
+    sampled = fleets.rollout.requests[3:]
+    assert [group.summary for group in batch.groups] == sampled
+    assert [score.score for score in batch.scores] == [("score of", group.group) for group in batch.groups]
+
+
+def test_one_pass_is_greedy_and_the_other_is_sampled_as_in_training():
+    fleets = fake_fleets([])
+    FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
+    greedy, sampled = fleets.rollout.requests[:3], fleets.rollout.requests[3:]
+    assert all(
+        r.sampling == replace(SAMPLING, num_samples=1, temperature=0.0, top_p=1.0) and r.version == 2 for r in greedy
+    )
+    assert all(r.sampling == SAMPLING and r.version == 2 for r in sampled)
+    assert [r.prompt.index for r in greedy] == [r.prompt.index for r in sampled] == [0, 1, 2]
+
+
+def test_every_evaluation_uses_the_same_seeds_and_every_prompt_its_own():
+    fleets = fake_fleets([])
+    evaluator = FleetEvaluator(held_out=HELD_OUT, fleets=fleets)
+    evaluator.evaluate(0)
+    evaluator.evaluate(9)
+    seeds = [request.seed for request in fleets.rollout.requests]
+    assert seeds[:6] == seeds[6:]
+    assert len(set(seeds[3:6])) == 3
+    assert seeds[3] != replace(HELD_OUT, seed=6).requests(SAMPLING, version=0)[0].seed
+
+
+@pytest.mark.parametrize(("rewards", "expected"), [([1.0, 0.0], {"teacher_accuracy": 0.5}), ([], {})])
+def test_the_teachers_accuracy_is_greedy_and_asks_for_no_version(rewards: list[float], expected: dict[str, float]):
+    fleets = fake_fleets([], rewards=rewards)
+    assert teacher_accuracy(HELD_OUT, fleets.rollout) == expected
+    assert all(r.sampling.temperature == 0 and r.version == -1 for r in fleets.rollout.requests)

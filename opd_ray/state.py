@@ -57,7 +57,10 @@ def claim(run_dir: RunDir, policy: ResumePolicy) -> int:
     """Make the run dir ready and return the step to start from: 0, or that of the newest checkpoint to resume."""
     if policy is ResumePolicy.overwrite and run_dir.holds_run():
         shutil.rmtree(run_dir.path)
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{run_dir.path} cannot be made ({error.strerror}): choose another runs_dir=...") from None
     return max(_steps(run_dir.checkpoints), default=0) if policy is ResumePolicy.auto else 0
 
 
@@ -71,11 +74,11 @@ class DiskCheckpoints:
         """Write the state after update `step`."""
         final = self.folder / _name(step)
         partial = self.folder / f".{_name(step)}.partial"
-        for leftover in (partial, final):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         learner.save(str(partial))
         (partial / _STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
 
     def restore(self, step: int, learner: Learner) -> None:

@@ -1,10 +1,11 @@
 """Where a run's numbers go: metrics.jsonl and samples.jsonl always, Weights & Biases if asked, the terminal."""
 
 import json
+import math
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ class RunTracker:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self._run_dir.path / name).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_finite(record)) + "\n")
 
 
 class WandbSink:
@@ -114,6 +115,11 @@ def open_sinks(config: Config, run_dir: RunDir) -> list[Sink]:
             return []
 
 
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinities, which JSON does not have, by null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 def _wandb_mode() -> Any:
     """WANDB_MODE decides if set; else online exactly when credentials are present."""
     import wandb
@@ -122,9 +128,10 @@ def _wandb_mode() -> Any:
 
 
 def _kept_lines(path: Path, *, step: int) -> list[dict[str, float]]:
-    """Drop what a run that is being resumed wrote after the checkpoint; return the rest."""
+    """Drop what a run that is being resumed wrote after the checkpoint, all of it for step 0; return the rest."""
     if not path.exists():
         return []
-    kept = [line for line in map(json.loads, path.read_text().splitlines()) if line["step"] <= step]
+    whole_lines = path.read_text().split("\n")[:-1]  # a crash may have cut the last one short
+    kept = [line for line in map(json.loads, whole_lines) if 0 < step >= line["step"]]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -4,6 +4,7 @@ Used by the rollout and the teacher workers. Everything that touches the engine 
 engine steps, so that weights never change inside a step.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -57,21 +58,21 @@ class EngineLoop:
         return done
 
     def stop(self) -> None:
-        """End the thread; requests still running are abandoned."""
+        """End the thread; what is still running, and what comes later, fails."""
         self._inbox.put(None)
         self._thread.join()
 
     def _put(self, item: _Request | _Call) -> None:
-        if self._fault is not None:
-            raise RuntimeError("the engine has stopped") from self._fault
         self._inbox.put(item)
+        if self._fault is not None:  # looked at after the put: one of the two, the thread or we, sees the other
+            self._refuse_waiting(self._fault)
 
     def _run(self) -> None:
         try:
             while self._drain_inbox():
                 self._step()
+            self._fail_all(RuntimeError("the engine loop was stopped"))
         except BaseException as fault:  # noqa: BLE001 - the thread's edge: every waiter learns of it
-            self._fault = fault
             self._fail_all(fault)
 
     def _drain_inbox(self) -> bool:
@@ -87,12 +88,16 @@ class EngineLoop:
         return True
 
     def _answer(self, item: _Call) -> None:
+        if not item.done.set_running_or_notify_cancel():
+            return
         try:
             item.done.set_result(item.function())
         except Exception as error:  # noqa: BLE001 - handed to the caller, who waits on the future
             item.done.set_exception(error)
 
     def _admit(self, item: _Request) -> None:
+        if not item.done.set_running_or_notify_cancel():  # from here on its caller cannot cancel it
+            return
         prompt: dict[str, Any] = {"prompt_token_ids": item.token_ids}
         if self.cache_salt is not None:
             prompt["cache_salt"] = self.cache_salt
@@ -111,9 +116,14 @@ class EngineLoop:
                 self._running.pop(output.request_id).set_result(output)
 
     def _fail_all(self, fault: BaseException) -> None:
+        self._fault = fault
         for done in self._running.values():
             done.set_exception(fault)
-        while not self._inbox.empty():
-            item = self._inbox.get()
-            if item is not None:
-                item.done.set_exception(fault)
+        self._refuse_waiting(fault)
+
+    def _refuse_waiting(self, fault: BaseException) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._inbox.get_nowait()
+                if item is not None and item.done.set_running_or_notify_cancel():
+                    item.done.set_exception(fault)

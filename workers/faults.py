@@ -6,16 +6,17 @@ from pathlib import Path
 from ray.exceptions import RayError
 
 _NUM_LOG_LINES = 15
-_PLUMBING = ("/ray/", "/concurrent/futures/", "/asyncio/", "/threading.py", "/torch/utils/_contextlib.py")
+_PLUMBING = ("/site-packages/ray/", "/concurrent/futures/", "/asyncio/", "/threading.py", "/torch/utils/_contextlib.py")
 _NAME = re.compile(r"repr=([a-z]+(?:-[a-z]+)*-\d+)\)|\bname: (\S+)")
 _ANSI = re.compile(r"\x1b\[\d+m")
-_NOISE = re.compile(r"^\s*(class_name|actor_id|pid|name|namespace|ip|node_id): ")
+_NOISE = re.compile(r"^(\s*(class_name|actor_id|pid|name|namespace|ip|node_id): |ray::|\s*At least one of the input)")
 
 
 def describe(error: RayError, *, log_dir: Path) -> str:
     """Return the worker's name, its own traceback (the plumbing's frames left out) or last words, and its log."""
     text = _ANSI.sub("", str(error))
-    name = next(("".join(match) for match in _NAME.findall(text)), "a worker")
+    names = ["".join(match) for match in _NAME.findall(text)]
+    name = names[-1] if names else "a worker"  # a fault that passed through several workers names its origin last
     log_file = log_dir / f"{name}.log"
     if '  File "' in text:
         return f"{name} failed\n{_own_frames(text)}\nits log: {log_file}"
@@ -32,7 +33,7 @@ def _own_frames(text: str) -> str:
             hidden = any(part in line for part in _PLUMBING)
         elif not line.startswith("    "):
             hidden = False
-        if not hidden and not line.startswith(("ray::", "Traceback")):
+        if not hidden and not line.startswith(("Traceback", "ray.exceptions.")) and not _NOISE.match(line):
             kept.append(line)
     return "\n".join(kept).strip("\n")
 

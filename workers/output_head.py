@@ -19,7 +19,7 @@ def load_head(model_path: str, *, vocab_size: int) -> torch.Tensor:
     folder = local_folder(model_path)
     index = folder / "model.safetensors.index.json"
     files = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-    for name in _NAMES:
+    for name in (n for n in _NAMES if n in files or not files):
         with safe_open(folder / files.get(name, "model.safetensors"), framework="pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 return tensors.get_slice(name)[:vocab_size].clone()

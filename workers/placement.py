@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import ray
 from ray.util.placement_group import placement_group
 
 from opd_ray.config.schema import ClusterConfig, Config
+
+_CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +65,22 @@ def connect(config: ClusterConfig) -> None:
     if is_local(config):
         ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         return
+    address = config.address or os.environ["RAY_ADDRESS"]
     try:
-        ray.init(config.address or os.environ["RAY_ADDRESS"], **quiet)
-    except ConnectionError as error:
-        raise ValueError(f"cluster.address={config.address}: no Ray cluster answers there ({error})") from None
+        _check_answers(address)
+        ray.init(address, **quiet)
+    except (OSError, ConnectionError) as error:
+        raise ValueError(
+            f"cluster.address={address}: no Ray cluster answers there ({error}); expected host:port of a head node,"
+            " `auto` on a machine of the cluster, or null for a cluster of this process"
+        ) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError unless something listens at a host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def check_capacity(all_pools: Sequence[Pool]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -51,8 +52,11 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
 
 def _parse(argument: str) -> Override:
     try:
-        return OverridesParser.create().parse_override(argument)
-    except (OverrideParseException, HydraException):
+        override = OverridesParser.create().parse_override(argument)
+        if not override.key_or_group:
+            raise OverrideParseException(override=argument, message="no key")
+        return override
+    except HydraException:
         raise ValueError(
             f"{argument}: not of the form key=value; a value with special characters needs quotes inside:"
             " key='\"value\"'"
@@ -81,8 +85,12 @@ def _compose(overrides: list[str]) -> None:
         OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))  # refuses what a `+` has added
     except MissingConfigException as error:
         raise ValueError(_missing_choice(error)) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "configs"
+        raise ValueError(f"{where}: not YAML ({error.problem})") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error)) from None
+        raise ValueError(_explain(error, overrides=overrides)) from None
 
 
 def _missing_choice(error: MissingConfigException) -> str:
@@ -91,7 +99,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     return f"{group}={choice}: no such choice (available: {options})"
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, *, overrides: Sequence[str]) -> str:
     """Reduce Hydra's and OmegaConf's nested messages to the key, what was given and what is near."""
     root: BaseException = error
     while root.__cause__ is not None and not getattr(root, "full_key", None):
@@ -99,7 +107,7 @@ def _explain(error: Exception) -> str:
     key = str(getattr(root, "full_key", None) or "")
     first_line = (str(root).splitlines() or [type(error).__name__])[0]
     if not isinstance(root, _UNKNOWN_KEY):
-        return f"{key}: {first_line}" if key else first_line
+        return f"{key}: {first_line}" if key else f"{first_line} (given: {' '.join(overrides)})"
     if ".engine_args." in key:
         return f"{key}: engine_args holds no such key yet; add it with a plus: +{key}=..."
     near = _near(key)

@@ -30,8 +30,8 @@ def inspect_models(*, student_path: str, teacher_path: str) -> ModelPair:
     teacher_folder = _folder("teacher.path", teacher_path)
     tokenizer = _tokenizer("student.path", student_folder)
     check_same_tokens(tokenizer, _tokenizer("teacher.path", teacher_folder))
-    student = AutoConfig.from_pretrained(student_folder)
-    teacher = AutoConfig.from_pretrained(teacher_folder)
+    student = _model_config("student.path", student_folder)
+    teacher = _model_config("teacher.path", teacher_folder)
     return ModelPair(
         tokenizer=tokenizer,
         vocab_size=min(student.vocab_size, teacher.vocab_size),
@@ -71,10 +71,20 @@ def _folder(key: str, path: str) -> Path:
     return folder
 
 
+def _model_config(key: str, folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{key}={folder}: config.json cannot be used ({str(error).splitlines()[0]})") from None
+    if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
+        raise ValueError(f"{key}={folder}: config.json names no vocab_size and hidden_size, expected a language model")
+    return config
+
+
 def _tokenizer(key: str, folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ValueError(f"{key}={folder}: the folder has no tokenizer (tokenizer.json); save the model's with it")
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{key}={folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None

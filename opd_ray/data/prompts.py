@@ -57,11 +57,13 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
     train_prompts = list(_tokenise(train, data=data, tokenizer=tokenizer))
     held_out_prompts = list(_tokenise(held_out, data=data, tokenizer=tokenizer))
     num_dropped = len(train) + len(held_out) - len(train_prompts) - len(held_out_prompts)
-    if not train_prompts or not held_out_prompts:
+    least = config.learner.num_ranks  # every rank gets a group, of the held-out ones too
+    if not train_prompts or len(held_out_prompts) < least:
         raise ValueError(
             f"data: {len(train_prompts)} training and {len(held_out_prompts)} held-out prompts are left of"
             f" {len(train) + len(held_out)} ({num_dropped} dropped as empty or longer than"
-            f" data.max_prompt_tokens={data.max_prompt_tokens}); expected at least one of each"
+            f" data.max_prompt_tokens={data.max_prompt_tokens}); expected at least one to train on and"
+            f" learner.num_ranks={least} held out"
         )
     return PromptSets(train=train_prompts, held_out=held_out_prompts, num_dropped=num_dropped)
 
@@ -77,21 +79,27 @@ def _task_records(data: DataConfig, *, num_held_out: int, seed: int) -> tuple[li
         ]
 
     held_out = records(num_held_out, _HELD_OUT_STREAM)
-    seen = {r.prompt for r in held_out}
-    return [r for r in records(data.num_prompts, _TRAIN_STREAM) if r.prompt not in seen], held_out
+    return _without(held_out, records(data.num_prompts, _TRAIN_STREAM)), held_out
 
 
 def _file_records(data: DataConfig, *, num_held_out: int) -> tuple[list[Record], list[Record]]:
     assert data.path is not None
     records = read_records(data.path, kind=data.kind)
     if data.eval_path is not None:
-        return records, read_records(data.eval_path, kind=data.kind)[:num_held_out]
+        held_out = read_records(data.eval_path, kind=data.kind, key="data.eval_path")[:num_held_out]
+        return _without(held_out, records), held_out
     if len(records) <= num_held_out:
         raise ValueError(
             f"data.path={data.path} holds {len(records)} records, of which eval.num_prompts={num_held_out} would be"
             " held out: expected more records, a smaller eval.num_prompts or a data.eval_path"
         )
-    return records[:-num_held_out], records[-num_held_out:]
+    return _without(records[-num_held_out:], records[:-num_held_out]), records[-num_held_out:]
+
+
+def _without(held_out: list[Record], records: list[Record]) -> list[Record]:
+    """Leave out of the training records what is held out."""
+    seen = {r.content for r in held_out}
+    return [r for r in records if r.content not in seen]
 
 
 def _tokenise(records: list[Record], *, data: DataConfig, tokenizer: Any) -> Iterator[Prompt]:
@@ -106,17 +114,35 @@ def _tokenise(records: list[Record], *, data: DataConfig, tokenizer: Any) -> Ite
         yield Prompt(ids_P=np.asarray(ids, dtype=np.int32), index=index, task=task, answer=record.answer)
     if refused and data.long_prompts is LongPromptPolicy.error:
         record, num_tokens = refused[0]
+        fault = f"has {num_tokens} tokens" if num_tokens else "is empty"
         raise ValueError(
-            f"{record.where}: the prompt has {num_tokens} tokens, expected 1 to data.max_prompt_tokens="
-            f"{data.max_prompt_tokens} ({len(refused)} of {len(records)} prompts are outside); raise the limit, or set"
+            f"{record.where}: the prompt {fault}, expected 1 to data.max_prompt_tokens={data.max_prompt_tokens} tokens"
+            f" ({len(refused)} of {len(records)} prompts are empty or too long); mend them, raise the limit, or set"
             " data.long_prompts=drop to leave them out"
         )
 
 
 def _token_ids(records: list[Record], *, tokenizer: Any) -> list[list[int]]:
-    texts = [record.prompt for record in records if record.prompt is not None]
-    of_texts = iter(tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
+    of_texts = iter(_plain_ids([r for r in records if r.messages is None], tokenizer=tokenizer))
     return [next(of_texts) if r.messages is None else _chat_ids(r, tokenizer=tokenizer) for r in records]
+
+
+def _plain_ids(records: list[Record], *, tokenizer: Any) -> list[list[int]]:
+    """Encode in one call; on failure one by one, to name the record. Tokenizers raise a bare Exception."""
+    texts = [r.prompt for r in records]
+    if not texts:
+        return []
+    try:
+        return list(tokenizer(texts, add_special_tokens=True)["input_ids"])
+    except Exception:  # noqa: BLE001 - tells which one below, or raises
+        return [_encode_one(r, tokenizer=tokenizer) for r in records]
+
+
+def _encode_one(record: Record, *, tokenizer: Any) -> list[int]:
+    try:
+        return list(tokenizer(record.prompt, add_special_tokens=True)["input_ids"])
+    except Exception as error:  # noqa: BLE001
+        raise ValueError(f"{record.where}: the student's tokenizer cannot encode the prompt ({error})") from None
 
 
 def _chat_ids(record: Record, *, tokenizer: Any) -> list[int]:

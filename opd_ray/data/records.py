@@ -24,18 +24,23 @@ class Record:
     answer: str | None
     task: str | None
 
+    @property
+    def content(self) -> str:
+        """Return what the model would be shown, as one text: equal for equal prompts."""
+        return self.prompt if self.prompt is not None else json.dumps(self.messages)
 
-def read_records(path: str, *, kind: DataKind) -> list[Record]:
-    """Return all records of a file.
+
+def read_records(path: str, *, kind: DataKind, key: str = "data.path") -> list[Record]:
+    """Return all records of a file; `key` is the configuration key that named it.
 
     Raises ValueError naming file and line for a missing, empty or malformed file.
     """
     if not Path(path).is_file():
-        raise ValueError(f"data.path={path}: no such file")
+        raise ValueError(f"{key}={path}: no such file")
     rows = _jsonl_rows(path) if kind is DataKind.jsonl else _parquet_rows(path)
     records = [_to_record(row, where=where) for where, row in rows]
     if not records:
-        raise ValueError(f"data.path={path}: the file holds no records")
+        raise ValueError(f"{key}={path}: the file holds no records")
     return records
 
 
@@ -45,9 +50,11 @@ def _jsonl_rows(path: str) -> Iterator[tuple[str, Any]]:
         if not raw.strip():
             continue
         try:
-            yield where, json.loads(raw.decode("utf-8"))
+            yield where, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except RecursionError:
+            raise ValueError(f"{where}: nested too deeply") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
 
@@ -58,8 +65,8 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
         columns = [name for name in _FIELDS if name in table.schema_arrow.names]
         rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except pa.ArrowException as error:
-        raise ValueError(f"data.path={path}: not a readable Parquet file ({error})") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _to_record(row: Any, *, where: str) -> Record:
@@ -73,8 +80,8 @@ def _to_record(row: Any, *, where: str) -> Record:
     if messages is not None:
         _check_messages(messages, where=where)
     answer, task = row.get("answer"), row.get("task")
-    if isinstance(answer, int | float):
-        answer = str(answer)
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    answer = str(answer) if is_number else answer
     for name, value in (("answer", answer), ("task", task)):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}: `{name}` is {type(value).__name__}, expected text")

@@ -103,8 +103,11 @@ class FakeLearner:
 
 @dataclass
 class FakePrompts:
+    always_the_same: bool = False
+
     def batch(self, step: int) -> list[Prompt]:
-        return [make_prompt(step * PROMPTS_PER_STEP + i) for i in range(PROMPTS_PER_STEP)]
+        first, stride = (0, 0) if self.always_the_same else (step * PROMPTS_PER_STEP, 1)
+        return [make_prompt(first + stride * i) for i in range(PROMPTS_PER_STEP)]
 
 
 @dataclass

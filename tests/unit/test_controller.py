@@ -31,7 +31,13 @@ class Run:
 
 
 def run_loop(
-    *, num_steps: int = 4, max_staleness: int = 0, every: tuple[int, int] = (0, 0), first_step: int = 0, seed: int = 5
+    *,
+    num_steps: int = 4,
+    max_staleness: int = 0,
+    every: tuple[int, int] = (0, 0),
+    first_step: int = 0,
+    seed: int = 5,
+    prompts: FakePrompts | None = None,
 ) -> Run:
     events: list[Event] = []
     fleets, tracker = fake_fleets(events), FakeTracker(events)
@@ -44,7 +50,7 @@ def run_loop(
         payload=Payload.support,
         seed=seed,
         fleets=fleets,
-        prompts=FakePrompts(),
+        prompts=prompts or FakePrompts(),
         evaluator=FakeEvaluator(events),
         checkpoints=FakeCheckpoints(events),
         tracker=tracker,
@@ -211,25 +217,9 @@ def test_no_two_requests_of_a_run_share_a_seed():
     assert len(set(seeds)) == len(seeds) == 6 * PROMPTS_PER_STEP
 
 
-def test_a_prompt_that_stands_twice_in_a_batch_is_sampled_with_two_seeds():
-    class Twins(FakePrompts):
-        def batch(self, step: int) -> list:
-            return [super().batch(step)[0]] * 2
-
-    events: list[Event] = []
-    fleets = fake_fleets(events)
-    Loop(
-        schedule=Schedule(num_steps=2, max_staleness=0, eval_every=0, save_every=0),
-        sampling=SAMPLING,
-        payload=Payload.sampled,
-        seed=0,
-        fleets=fleets,
-        prompts=Twins(),
-        evaluator=FakeEvaluator(events),
-        checkpoints=FakeCheckpoints(events),
-        tracker=FakeTracker(events),
-    ).run()
-    assert len({r.seed for r in fleets.rollout.requests}) == 4
+def test_a_prompt_that_comes_again_in_its_batch_or_in_a_later_one_is_sampled_with_another_seed():
+    seeds = [r.seed for r in run_loop(num_steps=4, prompts=FakePrompts(always_the_same=True)).requests]
+    assert len(set(seeds)) == len(seeds) == 4 * PROMPTS_PER_STEP
 
 
 def test_every_request_carries_the_runs_sampling_options():

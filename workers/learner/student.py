@@ -74,7 +74,7 @@ def deepspeed_config(config: LearnerConfig, *, world_size: int) -> dict[str, Any
                 "lr": config.lr,
                 "betas": [config.beta1, config.beta2],
                 "weight_decay": config.weight_decay,
-                "torch_adam": config.gpus_per_rank == 0,
+                "torch_adam": True,  # DeepSpeed's own would be compiled on first use
             },
         },
         "steps_per_print": 2**31,

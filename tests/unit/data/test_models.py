@@ -18,7 +18,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "whole", vocab_size=32, hidden_size=16)
 
 
-@pytest.fixture()
+@pytest.fixture
 def damaged(whole: Path, tmp_path: Path) -> Callable[..., Path]:
     """Return a function that copies the model without the files of the given names."""
 
@@ -138,9 +138,7 @@ def test_equal_token_maps_pass_whatever_their_order_in_memory():
     check_same_tokens(tokenizer_of("a", "b"), tokenizer_of("a", "b"))
 
 
-def test_models_of_different_tokenizers_are_refused_before_any_worker_starts(
-    damaged: Callable[..., Path], whole: Path
-):
+def test_models_of_different_tokenizers_are_refused_before_any_worker_starts(damaged: Callable[..., Path], whole: Path):
     folder = damaged()
     saved = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = saved["model"]["vocab"]

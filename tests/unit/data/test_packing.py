@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,7 +50,7 @@ def test_micro_batches_hold_every_sequence_once_and_no_more_padded_positions_tha
 @given(lengths=LENGTHS, max_tokens=st.integers(64, 200))
 def test_no_two_neighbouring_micro_batches_would_fit_into_one(lengths: list[int], max_tokens: int):
     cuts = micro_batches(lengths, max_tokens=max_tokens)
-    for cut, following in zip(cuts, cuts[1:], strict=False):
+    for cut, following in pairwise(cuts):
         assert lengths[cut[0]] * (len(cut) + len(following)) > max_tokens
 
 

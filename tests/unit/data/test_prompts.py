@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from config_files import compose_config, refusal
 from fakes import make_prompt
 from hypothesis import given
@@ -82,7 +81,7 @@ def test_the_prompts_of_a_task_are_tokenised_whole_and_carry_their_answers():
 
 
 def test_no_held_out_prompt_of_a_task_is_trained_on_and_the_seed_names_both_sets():
-    sets, same, other = load("seed=1"), load("seed=1"), load("seed=2")
+    sets, same, other = (load("data.num_prompts=500", f"seed={seed}") for seed in (1, 1, 2))
     assert not set(texts(sets.train)) & set(texts(sets.held_out))
     assert texts(sets.train) == texts(same.train)
     assert texts(sets.held_out) == texts(same.held_out)
@@ -126,8 +125,13 @@ def test_empty_and_long_prompts_are_refused_with_their_count_and_the_way_out(tmp
     rows = [{"prompt": text} for text in ("1", "1+2+3", "", "2", "3", "4")]
     words = refusal(lambda: load_file(tmp_path, rows, "data.max_prompt_tokens=4"))
     assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: the prompt has 5 tokens")
-    assert "data.max_prompt_tokens=4 (2 of 4 prompts are outside)" in words
+    assert "data.max_prompt_tokens=4 tokens (2 of 4 prompts are empty or too long)" in words
     assert "data.long_prompts=drop" in words
+
+
+def test_an_empty_prompt_is_called_empty(tmp_path: Path):
+    words = refusal(lambda: load_file(tmp_path, [{"prompt": text} for text in ("1", "", "2", "3")]))
+    assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: the prompt is empty")
 
 
 def test_empty_and_long_prompts_are_dropped_and_counted_when_asked(tmp_path: Path):

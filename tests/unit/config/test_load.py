@@ -1,0 +1,113 @@
+from enum import Enum
+
+import pytest
+import yaml
+from config_files import CONFIG_DIR, MANDATORY, compose_config, compose_raw, refusal
+from omegaconf import OmegaConf
+
+from opd_ray.config.load import load, register_schema
+from opd_ray.config.schema import Config, DataKind, Dtype, ObjectiveKind, TinyModelConfig, TrackingKind
+
+CHOICES = [
+    (group.name, choice.stem)
+    for group in sorted(CONFIG_DIR.iterdir())
+    if group.is_dir() and group.name != "experiment"
+    for choice in sorted(group.glob("*.yaml"))
+]
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+
+
+def test_the_defaults_compose_with_the_mandatory_keys_alone():
+    config = compose_config(*MANDATORY)
+    assert (config.name, config.num_steps, config.student.path, config.teacher.path) == ("run", 3, "student", "teacher")
+    assert config.data.kind is DataKind.task
+    assert config.objective.kind is ObjectiveKind.support
+    assert config.tracking.kind is TrackingKind.wandb
+
+
+def test_the_demo_composes_and_holds_together():
+    config = compose_config("experiment=demo")
+    assert config.name == "demo"
+    assert config.objective.kind is ObjectiveKind.full
+    assert config.learner.num_ranks == 2
+    assert config.rollout.dtype is Dtype.float32
+    assert isinstance(config.teacher.build, TinyModelConfig)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_holds_together(experiment: str):
+    assert isinstance(compose_config(f"experiment={experiment}", "data.path=prompts"), Config)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_of_every_group_composes(group: str, choice: str):
+    config = compose_config(*MANDATORY, f"{group}={choice}", "data.path=prompts")
+    assert isinstance(config, Config)
+
+
+def test_an_override_goes_before_the_experiment_and_the_experiment_before_the_groups():
+    assert compose_config("experiment=demo").batch.num_prompts == 32
+    assert compose_config("experiment=demo", "batch.num_prompts=8").batch.num_prompts == 8
+    assert compose_config("experiment=demo", "objective=sampled").objective.kind is ObjectiveKind.sampled
+
+
+@pytest.mark.parametrize("missing", ["name", "num_steps", "student.path", "teacher.path"])
+def test_a_mandatory_key_that_is_not_given_is_named(missing: str):
+    given = [override for override in MANDATORY if not override.startswith(f"{missing}=")]
+    words = refusal(lambda: compose_config(*given))
+    assert words.startswith(f"{missing} is not given")
+    assert "\n" not in words
+
+
+def test_all_mandatory_keys_that_are_not_given_are_listed():
+    words = refusal(lambda: compose_config("data.task=sort"))
+    assert words.startswith("name is not given")
+    assert "(missing: name, num_steps, student.path, teacher.path)" in words
+
+
+def test_an_interpolation_is_resolved():
+    config = compose_config("experiment=demo", "runs_dir=out/${name}", "data.path=${runs_dir}/x")
+    assert config.runs_dir == "out/demo"
+    assert config.data.path == "out/demo/x"
+    assert config.teacher.build.task == config.data.task == "sort"
+
+
+def test_an_interpolation_of_an_unknown_key_is_refused_in_one_line_that_names_the_key():
+    words = refusal(lambda: compose_config(*MANDATORY, "runs_dir=${nmae}"))
+    assert words.startswith("runs_dir: ")
+    assert "nmae" in words
+    assert "\n" not in words
+
+
+def test_a_rule_of_one_field_and_a_rule_of_several_are_both_checked_on_loading():
+    assert refusal(lambda: compose_config(*MANDATORY, "learner.zero_stage=7")).startswith("learner.zero_stage=7")
+    assert refusal(lambda: compose_config(*MANDATORY, "data.max_prompt_tokens=9999")).startswith("learner.max_tokens_")
+
+
+def test_a_key_that_the_schema_does_not_know_is_refused_even_when_added_with_a_plus():
+    words = refusal(lambda: compose_config(*MANDATORY, "+foo=1"))
+    assert words.startswith("foo")
+
+
+def test_engine_arguments_pass_through_untouched():
+    config = compose_config(*MANDATORY, "+learner.engine_args.zero_optimization.overlap_comm=true")
+    assert config.learner.engine_args == {"zero_optimization": {"overlap_comm": True}}
+
+
+def test_the_loaded_configuration_holds_dataclasses_and_enumerations_and_nothing_of_omegaconf():
+    config = compose_config("experiment=demo")
+    assert type(config.rollout.engine_args) is dict
+    assert isinstance(config.resume, Enum)
+
+
+def test_a_configuration_written_out_and_read_again_is_the_same():
+    config = compose_config("experiment=demo")
+    written = OmegaConf.to_yaml(OmegaConf.structured(config))
+    assert yaml.safe_load(written)["learner"]["lr"] == 1e-3
+    again = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(written))
+    assert OmegaConf.to_object(again) == config
+
+
+def test_registering_the_schema_twice_does_no_harm():
+    register_schema()
+    assert isinstance(load(compose_raw("experiment=demo")), Config)

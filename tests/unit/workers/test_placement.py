@@ -1,0 +1,55 @@
+import socket
+
+import pytest
+from config_files import compose_config, refusal
+
+from opd_ray.config.schema import ClusterConfig
+from workers.placement import Pool, connect, is_local, pools
+
+
+def test_each_role_has_a_pool_of_its_own_size_and_needs():
+    config = compose_config(
+        "experiment=demo",
+        "rollout.num_workers=3",
+        "rollout.gpus_per_worker=0.5",
+        "teacher.num_workers=2",
+        "teacher.cpus_per_worker=1.5",
+        "learner.num_ranks=4",
+        "learner.cpus_per_rank=2",
+        "learner.gpus_per_rank=1",
+    )
+    assert pools(config) == {
+        "rollout": Pool(key="rollout.num_workers", num_workers=3, cpus_per_worker=0.5, gpus_per_worker=0.5),
+        "teacher": Pool(key="teacher.num_workers", num_workers=2, cpus_per_worker=1.5, gpus_per_worker=0.0),
+        "learner": Pool(key="learner.num_ranks", num_workers=4, cpus_per_worker=2.0, gpus_per_worker=1.0),
+    }
+
+
+def test_the_pools_come_in_the_order_of_the_placement_groups_bundles():
+    assert list(pools(compose_config("experiment=demo"))) == ["rollout", "teacher", "learner"]
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "expected"),
+    [(None, None, True), ("auto", None, False), (None, "10.0.0.1:6379", False), ("auto", "10.0.0.1:6379", False)],
+)
+def test_a_run_brings_its_own_cluster_unless_an_address_is_given(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, variable: str | None, expected: bool
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert is_local(ClusterConfig(address=address)) is expected
+
+
+@pytest.mark.parametrize("given_by", ["cluster.address", "RAY_ADDRESS"])
+def test_an_address_at_which_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, given_by: str):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    config = ClusterConfig(address=address if given_by == "cluster.address" else None)
+    words = refusal(lambda: connect(config))
+    assert words.startswith(f"cluster.address={address}: no Ray cluster answers there")
+    assert "\n" not in words

@@ -15,6 +15,7 @@ def describe_run(config: Config, *, models: ModelPair, prompts: PromptSets, run_
     rollout, teacher, learner = config.rollout, config.teacher, config.learner
     num_trajectories = config.batch.num_prompts * rollout.samples_per_prompt
     dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
+    dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
         f"student    {config.student.path}",
         f"teacher    {teacher.path}",

@@ -9,7 +9,10 @@ _NUM_LOG_LINES = 15
 _PLUMBING = ("/site-packages/ray/", "/concurrent/futures/", "/asyncio/", "/threading.py", "/torch/utils/_contextlib.py")
 _NAME = re.compile(r"repr=([a-z]+(?:-[a-z]+)*-\d+)\)|\bname: (\S+)")
 _ANSI = re.compile(r"\x1b\[\d+m")
-_NOISE = re.compile(r"^(\s*(class_name|actor_id|pid|name|namespace|ip|node_id): |ray::|\s*At least one of the input)")
+_NOISE = re.compile(
+    r"\s*(class_name|actor_id|pid|name|namespace|ip|node_id): |(ray\.exceptions\.\w+: )?ray::|Traceback "
+    r"|\s*At least one of the input"
+)
 
 
 def describe(error: RayError, *, log_dir: Path) -> str:
@@ -33,7 +36,7 @@ def _own_frames(text: str) -> str:
             hidden = any(part in line for part in _PLUMBING)
         elif not line.startswith("    "):
             hidden = False
-        if not hidden and not line.startswith(("Traceback", "ray.exceptions.")) and not _NOISE.match(line):
+        if not hidden and not _NOISE.match(line):
             kept.append(line)
     return "\n".join(kept).strip("\n")
 

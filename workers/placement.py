@@ -65,19 +65,21 @@ def connect(config: ClusterConfig) -> None:
     if is_local(config):
         ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         return
-    address = config.address or os.environ["RAY_ADDRESS"]
+    key, address = ("cluster.address", config.address) if config.address else ("RAY_ADDRESS", os.environ["RAY_ADDRESS"])
     try:
         _check_answers(address)
         ray.init(address, **quiet)
     except (OSError, ConnectionError) as error:
         raise ValueError(
-            f"cluster.address={address}: no Ray cluster answers there ({error}); expected host:port of a head node,"
+            f"{key}={address}: no Ray cluster answers there ({error}); expected host:port of a head node,"
             " `auto` on a machine of the cluster, or null for a cluster of this process"
         ) from None
 
 
 def _check_answers(address: str) -> None:
     """Raise OSError unless something listens at a host:port; Ray itself would try for minutes."""
+    if "://" in address:
+        raise OSError("a job server or client address")
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()

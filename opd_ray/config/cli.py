@@ -89,7 +89,7 @@ def _compose(overrides: list[str]) -> None:
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "configs"
         raise ValueError(f"{where}: not YAML ({error.problem})") from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(_explain(error, overrides=overrides)) from None
 
 

@@ -41,6 +41,7 @@ class PromptSets:
     train: list[Prompt]
     held_out: list[Prompt]
     num_dropped: int  # empty or too long, under data.long_prompts=drop
+    num_held_back: int  # training records left out because they are held out as well
 
 
 def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
@@ -54,18 +55,24 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
         train, held_out = _task_records(data, num_held_out=num_held_out, seed=config.seed)
     else:
         train, held_out = _file_records(data, num_held_out=num_held_out)
-    train_prompts = list(_tokenise(train, data=data, tokenizer=tokenizer))
+    seen = {r.content for r in held_out}
+    fresh = [r for r in train if r.content not in seen]
+    num_held_back = len(train) - len(fresh)
+    train_prompts = list(_tokenise(fresh, data=data, tokenizer=tokenizer))
     held_out_prompts = list(_tokenise(held_out, data=data, tokenizer=tokenizer))
-    num_dropped = len(train) + len(held_out) - len(train_prompts) - len(held_out_prompts)
+    num_dropped = len(fresh) + len(held_out) - len(train_prompts) - len(held_out_prompts)
     least = config.learner.num_ranks  # every rank gets a group, of the held-out ones too
     if not train_prompts or len(held_out_prompts) < least:
         raise ValueError(
             f"data: {len(train_prompts)} training and {len(held_out_prompts)} held-out prompts are left of"
             f" {len(train) + len(held_out)} ({num_dropped} dropped as empty or longer than"
-            f" data.max_prompt_tokens={data.max_prompt_tokens}); expected at least one to train on and"
+            f" data.max_prompt_tokens={data.max_prompt_tokens}, {num_held_back} left out of training as equal to"
+            f" held-out ones); expected at least one to train on and"
             f" learner.num_ranks={least} held out"
         )
-    return PromptSets(train=train_prompts, held_out=held_out_prompts, num_dropped=num_dropped)
+    return PromptSets(
+        train=train_prompts, held_out=held_out_prompts, num_dropped=num_dropped, num_held_back=num_held_back
+    )
 
 
 def _task_records(data: DataConfig, *, num_held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
@@ -79,27 +86,20 @@ def _task_records(data: DataConfig, *, num_held_out: int, seed: int) -> tuple[li
         ]
 
     held_out = records(num_held_out, _HELD_OUT_STREAM)
-    return _without(held_out, records(data.num_prompts, _TRAIN_STREAM)), held_out
+    return records(data.num_prompts, _TRAIN_STREAM), held_out
 
 
 def _file_records(data: DataConfig, *, num_held_out: int) -> tuple[list[Record], list[Record]]:
     assert data.path is not None
     records = read_records(data.path, kind=data.kind)
     if data.eval_path is not None:
-        held_out = read_records(data.eval_path, kind=data.kind, key="data.eval_path")[:num_held_out]
-        return _without(held_out, records), held_out
+        return records, read_records(data.eval_path, kind=data.kind, key="data.eval_path")[:num_held_out]
     if len(records) <= num_held_out:
         raise ValueError(
             f"data.path={data.path} holds {len(records)} records, of which eval.num_prompts={num_held_out} would be"
             " held out: expected more records, a smaller eval.num_prompts or a data.eval_path"
         )
-    return _without(records[-num_held_out:], records[:-num_held_out]), records[-num_held_out:]
-
-
-def _without(held_out: list[Record], records: list[Record]) -> list[Record]:
-    """Leave out of the training records what is held out."""
-    seen = {r.content for r in held_out}
-    return [r for r in records if r.content not in seen]
+    return records[:-num_held_out], records[-num_held_out:]
 
 
 def _tokenise(records: list[Record], *, data: DataConfig, tokenizer: Any) -> Iterator[Prompt]:

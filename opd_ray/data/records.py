@@ -65,7 +65,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
         columns = [name for name in _FIELDS if name in table.schema_arrow.names]
         rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
 

@@ -11,7 +11,7 @@ from opd_ray.data.prompts import PromptSets
 from opd_ray.state import RunDir
 
 MODELS = ModelPair(tokenizer=None, vocab_size=14, teacher_hidden_size=128)
-PROMPTS = PromptSets(train=[make_prompt()] * 1200, held_out=[make_prompt()] * 8, num_dropped=0)
+PROMPTS = PromptSets(train=[make_prompt()] * 1200, held_out=[make_prompt()] * 8, num_dropped=0, num_held_back=0)
 
 
 def described(*overrides: str, num_dropped: int = 0, step: int = 0) -> str:

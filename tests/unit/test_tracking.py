@@ -115,10 +115,13 @@ def test_every_sink_gets_every_step_and_the_summary(tmp_path: Path):
 
 
 def test_a_line_cut_short_by_a_crash_does_not_keep_a_run_from_resuming(tmp_path: Path):
-    open_tracker(tmp_path).log(0, {"train/loss": 1.0})
+    tracker = open_tracker(tmp_path)
+    for step in range(3):
+        tracker.log(step, {"train/loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "train/lo')
-    assert [line["step"] for line in open_tracker(tmp_path, step=0).history] == [0]
+        file.write('{"step": 3, "train/lo')
+    assert [line["step"] for line in open_tracker(tmp_path, step=2).history] == [0, 1, 2]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
 def test_a_run_resumed_at_step_zero_starts_its_files_anew(tmp_path: Path):

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 from config_files import CONFIG_DIR, refusal
 
@@ -136,5 +139,16 @@ def test_an_override_that_cannot_be_read_is_quoted_without_the_parsers_own_words
     assert "viable" not in words
 
 
-def test_a_value_in_the_place_of_a_group_is_refused_by_key():
-    assert refused("learner=3").startswith("learner=3")
+def test_a_value_in_the_place_of_a_group_is_refused_with_what_was_given():
+    assert "learner=3" in refused("learner=3")
+
+
+def test_an_experiment_that_is_no_yaml_is_named_with_its_line(tmp_path: Path):
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, configs)
+    (configs / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\ndata: {path: ???}\n")
+    register_schema()
+    words = refusal(lambda: check_overrides(["experiment=mine"], config_dir=configs))
+    assert "experiment/mine.yaml" in words
+    assert "line 3" in words
+    assert "\n" not in words

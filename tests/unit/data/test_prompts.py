@@ -135,7 +135,7 @@ def test_an_empty_prompt_is_called_empty(tmp_path: Path):
 
 
 def test_empty_and_long_prompts_are_dropped_and_counted_when_asked(tmp_path: Path):
-    rows = [{"prompt": text} for text in ("1", "1+2+3", "", "2", "1+2+3", "4")]
+    rows = [{"prompt": text} for text in ("1", "1+2+3", "", "2", "1+2+4", "4")]
     sets = load_file(tmp_path, rows, "data.max_prompt_tokens=4", "data.long_prompts=drop")
     assert texts(sets.train) == ["1", "2"]
     assert texts(sets.held_out) == ["4"]
@@ -148,9 +148,22 @@ def test_a_prompt_of_just_the_limit_is_taken(tmp_path: Path):
 
 
 def test_nothing_left_after_dropping_is_refused_with_the_counts(tmp_path: Path):
-    rows = [{"prompt": "1+2+3"}] * 4
+    rows = [{"prompt": f"1+2+{digit}"} for digit in range(4)]
     words = refusal(lambda: load_file(tmp_path, rows, "data.max_prompt_tokens=4", "data.long_prompts=drop"))
     assert "0 training and 0 held-out prompts are left of 4 (4 dropped" in words
+
+
+def test_fewer_held_out_prompts_than_ranks_are_refused(tmp_path: Path):
+    held_out = write(tmp_path / "held-out.jsonl", [{"prompt": "7"}])
+    rows = [{"prompt": text} for text in "123"]
+    words = refusal(lambda: load_file(tmp_path, rows, f"data.eval_path={held_out}", "learner.num_ranks=2"))
+    assert "1 held-out prompts are left" in words
+    assert "learner.num_ranks=2" in words
+
+
+def test_training_records_that_are_held_out_too_are_counted(tmp_path: Path):
+    words = refusal(lambda: load_file(tmp_path, [{"prompt": "1"}] * 4))
+    assert "0 training and 2 held-out prompts are left of 4" in words
 
 
 def test_messages_go_through_the_chat_template_with_the_turn_of_the_assistant_opened(tmp_path: Path):
@@ -169,12 +182,17 @@ def test_messages_without_a_chat_template_are_refused_with_file_and_line(tmp_pat
 
 
 def test_an_unknown_task_is_named_with_file_and_line(tmp_path: Path):
-    words = refusal(lambda: load_file(tmp_path, [{"prompt": "1"}, {"prompt": "2", "task": "maths"}] * 2))
+    words = refusal(
+        lambda: load_file(
+            tmp_path, [{"prompt": "1"}, {"prompt": "2", "task": "maths"}, {"prompt": "3"}, {"prompt": "4"}]
+        )
+    )
     assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: unknown verifier 'maths'")
 
 
 def test_an_answer_that_the_verifier_cannot_compare_to_is_named_with_file_and_line(tmp_path: Path):
-    rows = [{"prompt": "1", "task": "numeric", "answer": answer} for answer in ("4", "four", "5", "6")]
+    answers = enumerate(("4", "four", "5", "6"))
+    rows = [{"prompt": str(digit), "task": "numeric", "answer": answer} for digit, answer in answers]
     words = refusal(lambda: load_file(tmp_path, rows))
     assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: verifier 'numeric' expects an answer that holds a num")
 

@@ -157,7 +157,7 @@ def test_json_nested_beyond_all_measure_is_refused_not_crashed_on(tmp_path: Path
 def test_a_file_of_another_kind_is_no_parquet_file(tmp_path: Path):
     (tmp_path / "prompts.parquet").write_text('{"prompt": "a"}\n' * 3)
     words = refusal(lambda: read_records(str(tmp_path / "prompts.parquet"), kind=DataKind.parquet))
-    assert words.startswith(f"data.path={tmp_path}/prompts.parquet: not a readable Parquet file")
+    assert words.startswith(f"{tmp_path}/prompts.parquet: not a readable Parquet file")
     assert "\n" not in words
 
 

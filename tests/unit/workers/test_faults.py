@@ -124,6 +124,11 @@ def test_a_log_that_is_no_text_does_no_harm(tmp_path: Path):
     assert "broken" in describe(dead_worker(), log_dir=tmp_path)
 
 
+def test_a_worker_whose_own_error_is_one_of_rays_is_reported_with_its_message(tmp_path: Path):
+    text = HEADER + OWN_FRAMES.format(root="/work/main") + "ray.exceptions.ObjectLostError: Failed to retrieve it"
+    assert "Failed to retrieve it" in describe(task_error(text=text), log_dir=tmp_path)
+
+
 def test_a_failure_that_was_handed_on_names_the_worker_where_it_began(tmp_path: Path):
     cause = f"ray.exceptions.RayTaskError: {task_error(name='rollout-3')}"
     words = describe(failed_dependency(cause), log_dir=tmp_path)

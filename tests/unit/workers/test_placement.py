@@ -51,5 +51,5 @@ def test_an_address_at_which_nothing_listens_is_refused_at_once(monkeypatch: pyt
     monkeypatch.setenv("RAY_ADDRESS", address)
     config = ClusterConfig(address=address if given_by == "cluster.address" else None)
     words = refusal(lambda: connect(config))
-    assert words.startswith(f"cluster.address={address}: no Ray cluster answers there")
+    assert words.startswith(f"{given_by}={address}: no Ray cluster answers there")
     assert "\n" not in words

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOCK := docker/requirements-cpu.lock
 TORCH := torch==2.13.0+cpu
 TORCH_CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The environment is current while the lock, the project file and the interpreter are what it was built from.
 STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
 

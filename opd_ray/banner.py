@@ -53,7 +53,7 @@ def result_rows(
         _row("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
         _row("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
         _row("response tokens/s (median step)", summary, "tokens_per_s", "{:,.0f}"),
-        ("median step", step_breakdown(history)),
+        *step_breakdown(history),
     ]
     rows += [(f"seconds: {name}", f"{seconds:.1f}") for name, seconds in phases.items()]
     rows.append(_row("seconds: whole run", summary, "wall_s", "{:.1f}"))

@@ -12,7 +12,13 @@ from rich.table import Table
 from opd_ray.protocol import Metrics
 
 _LOSS_EVERY = 50  # steps
-_STEP_PARTS = ("wait_rollout", "wait_teacher", "update", "publish")
+_STEP_PARTS = {
+    "time/step_s": "median step",
+    "time/wait_rollout_s": "  waiting for rollouts",
+    "time/wait_teacher_s": "  then for the last score",
+    "time/update_s": "  update",
+    "time/publish_s": "  publishing weights",
+}
 
 
 class RunConsole:
@@ -118,16 +124,14 @@ def step_numbers(metrics: Metrics) -> str:
     return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
 
 
-def step_breakdown(history: Sequence[Mapping[str, float]]) -> str:
-    """Return the median step time and the medians of its parts."""
-    steps = [m["time/step_s"] for m in history if "time/step_s" in m]
-    if not steps:
-        return "no steps"
-    parts = []
-    for part in _STEP_PARTS:
-        values = [m[f"time/{part}_s"] for m in history if f"time/{part}_s" in m]
-        parts.append(f"{part} {statistics.median(values):.3f}")
-    return f"{statistics.median(steps):.3f} s ({', '.join(parts)})"
+def step_breakdown(history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """Return the median step time and the medians of its parts, as rows of a table."""
+    rows = []
+    for key, name in _STEP_PARTS.items():
+        values = [m[key] for m in history if key in m]
+        if values:
+            rows.append((name, f"{statistics.median(values):.3f} s"))
+    return rows
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import netrc
 import os
 import time
 import uuid
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from opd_ray.config.schema import Config, TrackingKind
 from opd_ray.console import StepLine
@@ -106,6 +108,12 @@ class WandbSink:
         self._run.finish()
 
 
+def record_event(run_dir: RunDir, *, kind: str, message: str) -> None:
+    """Add a line to events.jsonl: what befell the run."""
+    with (run_dir.path / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), "kind": kind, "message": message}) + "\n")
+
+
 def open_sinks(config: Config, run_dir: RunDir) -> list[Sink]:
     """Return the sinks that the configuration asks for."""
     match config.tracking.kind:
@@ -121,10 +129,18 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wandb_mode() -> Any:
-    """WANDB_MODE decides if set; else online exactly when credentials are present."""
-    import wandb
+    """WANDB_MODE decides if set; else online exactly when credentials are present: WANDB_API_KEY or a netrc entry."""
+    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_credentials() else "offline")
 
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+
+def _has_wandb_credentials() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _kept_lines(path: Path, *, step: int) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import RayError
+from transformers.utils.logging import disable_progress_bar
 
 import workers
 from opd_ray.banner import closing_words, describe_run, result_rows
@@ -27,14 +28,14 @@ from opd_ray.objectives import OBJECTIVES
 from opd_ray.protocol import Metrics, Payload, SamplingOptions
 from opd_ray.schedule import Schedule, derive_seed
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
-from opd_ray.tracking import RunTracker, open_sinks
+from opd_ray.tracking import RunTracker, open_sinks, record_event
 from workers.faults import describe
 
 _CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 _HELD_OUT_SEED_STREAM = 3
 # The driver computes nothing, and transformers' notes and bars would disturb the run's own.
 _QUIET_ENV = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-_RUN_FAILED, _USER_ERROR = 1, 2  # exit codes
+_RUN_FAILED, _USER_ERROR, _INTERRUPTED = 1, 2, 130  # exit codes
 
 
 def train(config: Config, console: RunConsole) -> Metrics:
@@ -79,9 +80,10 @@ def train(config: Config, console: RunConsole) -> Metrics:
 def main() -> None:
     """Run the command line; a mistake of the user's is one line and exit code 2, a failed worker exit code 1."""
     os.environ.update(_QUIET_ENV)
+    disable_progress_bar()
     register_schema()
     try:
-        check_overrides(sys.argv[1:], config_dir=_CONFIG_DIR)
+        sys.argv[1:] = check_overrides(sys.argv[1:], config_dir=_CONFIG_DIR)
     except ValueError as error:
         _fail(str(error), _USER_ERROR)
     _hydra_main()
@@ -93,9 +95,14 @@ def _hydra_main(composed: DictConfig) -> None:
         config = load(composed)
         train(config, RunConsole())
     except RayError as error:  # first: a worker's ValueError arrives as both
-        _fail(describe(error, log_dir=RunDir.of(config).logs), _RUN_FAILED)
+        run_dir = RunDir.of(config)
+        message = describe(error, log_dir=run_dir.logs)
+        record_event(run_dir, kind="worker_failed", message=message)
+        _fail(message, _RUN_FAILED)
     except ValueError as error:
         _fail(str(error), _USER_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted; resume=auto goes on from the newest checkpoint", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:

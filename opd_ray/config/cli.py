@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -19,15 +20,16 @@ from opd_ray.config.schema import Config
 _UNKNOWN_KEY = (ConfigAttributeError, ConfigKeyError)
 
 
-def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> None:
-    """Raise ValueError for overrides that do not compose: an unknown key or choice, a value of the wrong type.
+def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
+    """Return the arguments with the flags before the overrides: Hydra refuses flags in between.
 
-    Of a sweep, every value is tried with the first value of the others.
+    Raises ValueError for overrides that do not compose: an unknown key or choice, a value of the wrong type. Of a
+    sweep, every value is tried with the first value of the others.
     """
-    parsed = [_parse(argument) for argument in arguments if not argument.startswith("-")]
-    is_multirun = "-m" in arguments or "--multirun" in arguments
+    flags = get_args_parser().parse_intermixed_args(list(arguments))  # knows which flags take a value
+    parsed = [_parse(argument) for argument in flags.overrides]
     for override in parsed:
-        if override.is_sweep_override() and not is_multirun:
+        if override.is_sweep_override() and not flags.multirun:
             raise ValueError(
                 f"{override.input_line}: several values are a sweep, which needs --multirun; one value with a comma"
                 " needs quotes inside: key='\"a,b\"'"
@@ -35,6 +37,7 @@ def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> None:
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         for overrides in _combinations(parsed):
             _compose(overrides)
+    return [a for a in arguments if a not in flags.overrides] + list(flags.overrides)
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> list[str]:

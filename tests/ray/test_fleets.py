@@ -55,6 +55,7 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_not_rays_stack(
     assert "rollout-0.log" in errors
     assert len(errors.splitlines()) < 25
     assert "Traceback" not in errors
+    assert "rollout-0 died" in (run_dir / "events.jsonl").read_text()
 
 
 def test_a_worker_that_cannot_start_ends_the_run_with_its_own_error(

@@ -10,6 +10,12 @@ from opd_ray.config.load import register_schema
 DEMO = ("experiment=demo", "tracking=none")
 
 
+def test_flags_may_stand_between_overrides():
+    register_schema()
+    arguments = ["seed=1,2", "-m", "experiment=demo"]
+    assert check_overrides(arguments, config_dir=CONFIG_DIR) == ["-m", "seed=1,2", "experiment=demo"]
+
+
 def check(*arguments: str) -> None:
     register_schema()
     check_overrides([*DEMO, *arguments], config_dir=CONFIG_DIR)

@@ -46,7 +46,7 @@ def test_every_choice_of_every_group_composes(group: str, choice: str):
 
 
 def test_an_override_goes_before_the_experiment_and_the_experiment_before_the_groups():
-    assert compose_config("experiment=demo").batch.num_prompts == 32
+    assert compose_config("experiment=demo").batch.num_prompts == 64
     assert compose_config("experiment=demo", "batch.num_prompts=8").batch.num_prompts == 8
     assert compose_config("experiment=demo", "objective=sampled").objective.kind is ObjectiveKind.sampled
 

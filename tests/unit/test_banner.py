@@ -28,14 +28,14 @@ def test_the_banner_says_what_the_run_is_made_of():
     assert "prompts    1,200 to train on, 8 held out\n" in text
     assert "32 prompts x 4 samples = 128 trajectories an update, max_staleness 1" in text
     assert "1 rollout, 1 teacher, 2 learner (ZeRO-2, float32)" in text
-    assert "steps      0 to 250\n" in text
+    assert "steps      0 to 280\n" in text
     assert "run dir    /runs/demo" in text
 
 
 def test_the_banner_counts_dropped_prompts_and_says_when_a_run_is_resumed():
     text = described(num_dropped=17, step=50)
     assert "8 held out, 17 dropped" in text
-    assert "steps      50 to 250 (resumed)" in text
+    assert "steps      50 to 280 (resumed)" in text
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def train(config: Config, console: RunConsole) -> Metrics:
     with workers.connected(config):
         step = claim(run_dir, config.resume)
         (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        if prompts.num_dropped:
+            record_event(run_dir, kind="prompts_dropped", message=f"{prompts.num_dropped} empty or too long")
         sinks = open_sinks(config, run_dir)
         words = describe_run(config, models=models, prompts=prompts, run_dir=run_dir, step=step)
         console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))

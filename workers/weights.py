@@ -3,6 +3,7 @@
 The buffer travels through Ray's object store once per publication; every rollout worker reads it without a copy.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -62,7 +63,9 @@ def read_tensors(buffer: npt.NDArray[np.uint8], manifest: WeightManifest) -> Ite
     """Yield (name, tensor) views into the buffer; nothing is copied and nothing may be written."""
     if buffer.nbytes != manifest.num_bytes:
         raise ValueError(f"weight buffer holds {buffer.nbytes} bytes, its manifest says {manifest.num_bytes}")
-    whole = torch.from_numpy(buffer)
+    with warnings.catch_warnings():  # Ray's arrays are read-only, and so is what is made of them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        whole = torch.from_numpy(buffer)
     for entry in manifest.entries:
         flat = whole[entry.offset_bytes : entry.offset_bytes + entry.num_bytes]
         yield entry.name, flat.view(_DTYPES[entry.dtype]).reshape(entry.shape)

@@ -129,6 +129,11 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
     assert all("rollout/accuracy" in m for m in steps)
 
 
+def test_a_few_updates_bring_the_student_nearer_to_its_teacher(overrides: Overrides) -> None:
+    summary, _ = _train(overrides("num_steps=25", "batch.num_prompts=16", "learner.lr=3e-3"))
+    assert summary["reverse_kl_after"] < 0.5 * summary["reverse_kl_before"]
+
+
 def test_a_resumed_run_goes_on_from_its_checkpoint(overrides: Overrides, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "test"
     data = tmp_path / "prompts.jsonl"

@@ -3,7 +3,6 @@
 Registered beside vLLM's own `nccl` and `ipc` engines; it serves CPU clusters and any worker that cannot join those.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +49,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         """Load all tensors; vLLM copies from the read-only views."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.model.load_weights(read_tensors(update_info.buffer, update_info.manifest))
+        self.model.load_weights(read_tensors(update_info.buffer, update_info.manifest))
 
     def finish_weight_update(self) -> None:
         """Pack the layers again, and the tied head, which vLLM's reload leaves at its old values on CPU."""

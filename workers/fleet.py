@@ -43,8 +43,11 @@ class Berth:
         return self.log_dir / f"{self.role}-{index}.log"
 
 
-def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any]) -> list[Any]:
-    """Start a pool's actors with the same arguments and return their handles at once."""
+def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concurrent: bool) -> list[Any]:
+    """Start a pool's actors with the same arguments and return their handles at once.
+
+    A concurrent worker has an async interface and takes all calls as they come; another takes them in order.
+    """
     return [
         ray.remote(_logged(worker_class, berth.log_file(index)))
         .options(
@@ -55,7 +58,7 @@ def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any]) -> lis
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=berth.placement_group, placement_group_bundle_index=berth.first_bundle + index
             ),
-            **_concurrency(worker_class),
+            **({"max_concurrency": _MAX_CONCURRENT_CALLS} if concurrent else {}),
         )
         .remote(**arguments)
         for index in range(berth.pool.num_workers)
@@ -88,12 +91,6 @@ def _logged(worker_class: type, log_file: Path) -> type:
 
     name = log_file.stem  # Ray quotes an actor's repr in its errors
     return type(worker_class.__name__, (worker_class,), {"__init__": build, "__repr__": lambda _: name})
-
-
-def _concurrency(worker_class: type) -> dict[str, int]:
-    """Workers with an async interface take all calls at once; the others take them in order."""
-    is_async = hasattr(worker_class, "ready")
-    return {"max_concurrency": _MAX_CONCURRENT_CALLS} if is_async else {}
 
 
 def _environment(berth: Berth) -> dict[str, str]:

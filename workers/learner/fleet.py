@@ -20,7 +20,7 @@ class RayLearner:
     def __init__(self, *, config: LearnerConfig, vocab_size: int, berth: Berth, arguments: dict[str, Any]) -> None:
         self._config = config
         self._objective_name = arguments["objective"].kind.value
-        self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments})
+        self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
         self._set_up = self._start_ranks(vocab_size=vocab_size, local=berth.local)
 
     def wait_ready(self) -> None:

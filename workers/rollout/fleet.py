@@ -17,7 +17,7 @@ class RayRolloutFleet:
 
     def __init__(self, *, model_path: str, config: RolloutConfig, max_model_tokens: int, berth: Berth) -> None:
         arguments = {"model_path": model_path, "config": config, "max_model_tokens": max_model_tokens}
-        self._workers = spawn(RolloutWorker, berth=berth, arguments=arguments)
+        self._workers = spawn(RolloutWorker, berth=berth, arguments=arguments, concurrent=True)
         self._num_dealt = 0
 
     def wait_ready(self) -> None:

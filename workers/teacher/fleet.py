@@ -15,7 +15,7 @@ class RayTeacherFleet:
     """`TeacherFleet` on Ray actors."""
 
     def __init__(self, *, config: TeacherConfig, top_k: int, berth: Berth, arguments: dict[str, Any]) -> None:
-        self._workers = spawn(TeacherWorker, berth=berth, arguments={"config": config, **arguments})
+        self._workers = spawn(TeacherWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
         self._top_k = top_k
         self._num_dealt = 0
 

@@ -29,7 +29,7 @@ HEADER = "Traceback (most recent call last):\n"
 LAST_LINES = "RuntimeError: selected index k out of range\nsecond line of the message"
 
 
-def task_error(*, name: str = "teacher-0", root: str = "/work/main", text: str | None = None) -> RayTaskError:
+def task_error(*, name: str = "teacher-0", root: str = "/home/me/opd-ray", text: str | None = None) -> RayTaskError:
     frames = PLUMBING_FRAMES + OWN_FRAMES.format(root=root)
     return RayTaskError(
         function_name="score",
@@ -64,7 +64,7 @@ def failed_dependency(cause: str) -> RayTaskError:
 def test_a_failed_call_names_the_worker_its_own_frames_its_error_and_its_log(tmp_path: Path):
     words = describe(task_error(), log_dir=tmp_path)
     assert words.startswith("teacher-0 failed\n")
-    assert "/work/main/workers/teacher/worker.py" in words
+    assert "/home/me/opd-ray/workers/teacher/worker.py" in words
     assert "values, indices = logits.topk(num_tokens, dim=-1)" in words
     assert LAST_LINES in words
     assert words.endswith(f"its log: {tmp_path}/teacher-0.log")
@@ -125,7 +125,7 @@ def test_a_log_that_is_no_text_does_no_harm(tmp_path: Path):
 
 
 def test_a_worker_whose_own_error_is_one_of_rays_is_reported_with_its_message(tmp_path: Path):
-    text = HEADER + OWN_FRAMES.format(root="/work/main") + "ray.exceptions.ObjectLostError: Failed to retrieve it"
+    text = HEADER + OWN_FRAMES.format(root="/home/me/opd-ray") + "ray.exceptions.ObjectLostError: Failed to retrieve it"
     assert "Failed to retrieve it" in describe(task_error(text=text), log_dir=tmp_path)
 
 

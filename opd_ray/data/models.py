@@ -61,7 +61,9 @@ def _folder(key: str, path: str) -> Path:
         raise ValueError(f"{key}={path}: is a file, expected a Hugging Face folder")
     try:
         folder = local_folder(path)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError:  # a path that is no hub name
+        raise ValueError(f"{key}={path}: no such folder") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{key}={path}: no such folder, and not found on the Hugging Face hub ({reason})") from None
     if not (folder / "config.json").is_file():

@@ -24,7 +24,8 @@ def describe(error: RayError, *, log_dir: Path) -> str:
     if '  File "' in text:
         return f"{name} failed\n{_own_frames(text)}\nits log: {log_file}"
     reasons = [line.strip() for line in text.splitlines() if line.strip() and not _NOISE.match(line)]
-    return f"{name} died: {' '.join(reasons)}\n{_log_tail(log_file)}"
+    reason = " ".join(reasons).partition(" Some common causes include")[0]  # Ray's guesses; the log knows more
+    return f"{name} died: {reason}\n{_log_tail(log_file)}"
 
 
 def _own_frames(text: str) -> str:

@@ -17,6 +17,7 @@ from opd_ray.banner import closing_words, describe_run, result_rows
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config
+from opd_ray.config.validate import validate_vocabulary
 from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.models import inspect_models
@@ -48,6 +49,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
     check_free(run_dir, config.resume)
     _build_missing_models(config, console)
     models = inspect_models(student_path=config.student.path, teacher_path=config.teacher.path)
+    validate_vocabulary(config, vocab_size=models.vocab_size)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     with workers.connected(config):
         step = claim(run_dir, config.resume)

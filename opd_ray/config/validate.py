@@ -10,6 +10,15 @@ def validate(config: Config) -> None:
         rule(config)
 
 
+def validate_vocabulary(config: Config, *, vocab_size: int) -> None:
+    """Raise ValueError when the objective asks for more tokens than the two models share."""
+    objective = config.objective
+    _require(
+        objective.kind is not ObjectiveKind.support or objective.top_k <= vocab_size,
+        f"objective.top_k={objective.top_k}: expected at most {vocab_size}, the tokens that student and teacher share",
+    )
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)

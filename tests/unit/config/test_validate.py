@@ -1,6 +1,8 @@
 import pytest
 from config_files import MANDATORY, compose_config, refusal
 
+from opd_ray.config.validate import validate_vocabulary
+
 
 def refused(*overrides: str) -> str:
     words = refusal(lambda: compose_config(*MANDATORY, *overrides))
@@ -68,3 +70,10 @@ def test_a_rank_has_one_gpu_or_none(share: str):
 
 def test_a_batch_larger_than_the_training_set_is_no_fault():
     compose_config(*MANDATORY, "data.num_prompts=2", "batch.num_prompts=32")
+
+
+def test_a_support_larger_than_the_common_vocabulary_is_refused():
+    config = compose_config("experiment=demo", "objective=support", "objective.top_k=32")
+    words = refusal(lambda: validate_vocabulary(config, vocab_size=14))
+    assert words.startswith("objective.top_k=32: expected at most 14")
+    validate_vocabulary(config, vocab_size=32)

@@ -8,8 +8,11 @@ TORCH_CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The environment is current while the lock, the project file and the interpreter are what it was built from.
 STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
+# What the benchmark compares with, kept apart from the environment: nothing else can import it.
+LIGER_VERSION := 0.8.5
+LIGER := $(VENV)/bench/liger_kernel-$(LIGER_VERSION).dist-info
 
-.PHONY: help setup demo test check unit clean
+.PHONY: help setup demo test check unit bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -43,6 +46,13 @@ unit: setup  ## unit tests only
 
 test: check  ## the checks and all tests that need no GPU
 	@$(BIN)/python -m pytest -q -m "not gpu and not bench" --durations=5 tests
+
+bench: $(LIGER)  ## measure all parts, or PART=loss, into runs/bench/bench.json
+	@$(BIN)/python tests/bench/run.py $(PART)
+
+$(LIGER): $(STAMP)
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/bench liger-kernel==$(LIGER_VERSION)
+	@touch $@
 
 clean:  ## remove the environment and the caches, not the runs
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from opd_ray.config.schema import Config, ObjectiveKind
+from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
+from opd_ray.config.schema import Config
 from opd_ray.console import step_breakdown
 from opd_ray.data.models import ModelPair
 from opd_ray.data.prompts import PromptSets
-from opd_ray.protocol import Metrics
+from opd_ray.protocol import Metrics, Payload
+from opd_ray.requests import score_request
 from opd_ray.state import RunDir
 
 
@@ -19,8 +21,8 @@ def describe_run(config: Config, *, models: ModelPair, prompts: PromptSets, run_
     return [
         f"student    {config.student.path}",
         f"teacher    {teacher.path}",
-        f"objective  {config.objective.kind.value}, {teacher_bytes_per_token(config, models):,} bytes a token from the"
-        " teacher",
+        f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
+        " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
         f"batch      {config.batch.num_prompts} prompts x {rollout.samples_per_prompt} samples ="
         f" {num_trajectories} trajectories an update, max_staleness {config.max_staleness}",
@@ -33,13 +35,28 @@ def describe_run(config: Config, *, models: ModelPair, prompts: PromptSets, run_
 
 def teacher_bytes_per_token(config: Config, models: ModelPair) -> int:
     """Return the size of the objective's teacher signal."""
-    match config.objective.kind:
+    request = score_request(config.objective)
+    sampled = 4 if request.sampled_logprobs or request.payload is Payload.sampled else 0
+    match request.payload:
+        case Payload.support:
+            num_ids = request.top_k * (2 if request.support == "union" else 1) + request.include_sampled
+            return 8 * num_ids + sampled
+        case Payload.hidden:
+            return models.teacher_hidden_size * (2 if config.teacher.dtype.value == "bfloat16" else 4) + sampled
+        case Payload.sampled:
+            return sampled
+
+
+def describe_objective(config: ObjectiveConfig) -> str:
+    """Return the objective in a few words."""
+    match config.kind:
         case ObjectiveKind.sampled:
-            return 4
+            return f"sampled, discount {config.discount:g}, baseline {config.baseline.value}"
         case ObjectiveKind.support:
-            return 8 * config.objective.top_k
+            words = f"{config.support.value} top-{config.top_k}, tail {config.tail.value}"
+            return f"support, {config.divergence.value}, {words}"
         case ObjectiveKind.full:
-            return models.teacher_hidden_size * (2 if config.teacher.dtype.value == "bfloat16" else 4)
+            return f"full, {config.divergence.value}"
 
 
 def result_rows(

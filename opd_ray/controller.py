@@ -9,10 +9,10 @@ from opd_ray.protocol import (
     Evaluator,
     GenerateRequest,
     Learner,
-    Payload,
     PromptSource,
     RolloutFleet,
     SamplingOptions,
+    ScoreRequest,
     TeacherFleet,
     Tracker,
 )
@@ -34,7 +34,7 @@ class Loop:
 
     schedule: Schedule
     sampling: SamplingOptions
-    payload: Payload
+    asked: ScoreRequest
     seed: int
     fleets: Fleets
     prompts: PromptSource
@@ -72,4 +72,4 @@ class Loop:
             for position, prompt in enumerate(self.prompts.batch(step))
         ]
         groups = self.fleets.rollout.generate(requests)
-        return Batch(step=step, groups=groups, scores=self.fleets.teacher.score(groups, payload=self.payload))
+        return Batch(step=step, groups=groups, scores=self.fleets.teacher.score(groups, self.asked))

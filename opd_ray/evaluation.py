@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 
 from opd_ray.controller import Fleets
 from opd_ray.metrics import mean_reward
-from opd_ray.protocol import Batch, GenerateRequest, Metrics, Payload, Prompt, RolloutFleet, SamplingOptions
+from opd_ray.protocol import (
+    Batch,
+    GenerateRequest,
+    Metrics,
+    Payload,
+    Prompt,
+    RolloutFleet,
+    SamplingOptions,
+    ScoreRequest,
+)
 from opd_ray.schedule import derive_seed
 
 _NOT_A_VERSION = -1  # any weights may serve
@@ -49,7 +58,7 @@ class FleetEvaluator:
         rollout = self.fleets.rollout
         greedy = rollout.generate(self.held_out.greedy_requests(version=version))
         sampled = rollout.generate(self.held_out.requests(self.held_out.sampling, version=version))
-        scores = self.fleets.teacher.score(sampled, payload=Payload.hidden)
+        scores = self.fleets.teacher.score(sampled, ScoreRequest(payload=Payload.hidden))
         reverse_kl = self.fleets.learner.held_out_kl(Batch(step=version, groups=sampled, scores=scores))
         return {
             "eval/reverse_kl": reverse_kl,

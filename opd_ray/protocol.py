@@ -7,7 +7,7 @@ Index t of any per-token array speaks of token t itself, never of the next one. 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,8 @@ class SamplingOptions:
     max_response_tokens: int
     temperature: float  # 0 is greedy
     top_p: float
+    support_size: int  # likeliest tokens of the student to carry along at every position (K); 0: none
+    support_top_p: float  # of those, only the fewest that hold this mass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,8 @@ class TrajectoryGroup:
     sampled_logprobs: Float32  # [N] of the sampled token, full vocabulary, at the rollout temperature
     token_versions: Int32  # [N] version of the policy that sampled the token
     loss_mask: npt.NDArray[np.bool_]  # [N] false: a token the policy did not choose
-    support_ids: Int32  # [N,K] the student's own top-K at sampling time; K = 0 when not asked for
+    support_ids: Int32  # [N,K] the student's own top-K at sampling time, -1 for none; K = 0 when not asked for
+    rewards: Float32  # [G] of the task's verifier; [0] without a reference answer
     finish: npt.NDArray[np.int8]  # [G] values of `Finish`
     prompt_index: int
     task: str
@@ -90,6 +93,7 @@ class TrajectoryGroup:
         for name in ("sampled_logprobs", "token_versions", "loss_mask", "support_ids"):
             _check_length(self, name, num_tokens)
         _check_length(self, "finish", len(self.offsets) - 1)
+        _check_length(self, "rewards", len(self.offsets) - 1 if len(self.rewards) else 0)
         if self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
             raise ValueError(f"TrajectoryGroup.offsets span {self.offsets[0]}..{self.offsets[-1]}, not 0..{num_tokens}")
 
@@ -110,6 +114,22 @@ class GroupSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """What a teacher is asked to say about each token; the objective decides. The defaults ask for nothing more."""
+
+    payload: Payload
+    sampled_logprobs: bool = False  # also the log-prob of each sampled token, whatever the payload
+    # of a `support` payload only
+    support: Literal["teacher", "student", "union"] = "teacher"  # whose likeliest tokens
+    top_k: int = 0
+    top_p: float = 1.0  # below 1: the fewest of the teacher's top_k that hold this mass
+    include_sampled: bool = False  # the sampled token joins the support
+    normalised: bool = (
+        True  # log-probs over the full vocabulary; false: up to a constant per token, which may be cheaper
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampledScore:
     """The teacher's log-prob of each sampled token: 4 bytes a token."""
 
@@ -118,10 +138,11 @@ class SampledScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportScore:
-    """The teacher's top-K: 8K bytes a token."""
+    """The teacher's log-probs on a small set of ids: 8K bytes a token."""
 
-    ids_NK: Int32  # [N,K]
-    logprobs_NK: Float32  # [N,K] full vocabulary, at the rollout temperature
+    ids_NK: Int32  # [N,K] distinct in a row; -1: no id
+    logprobs_NK: Float32  # [N,K] full vocabulary, at the rollout temperature; up to a constant where so asked
+    sampled_logprobs_N: Float32  # [N] of the sampled tokens; [0] when not asked for
 
     def __post_init__(self) -> None:
         if self.ids_NK.shape != self.logprobs_NK.shape:
@@ -133,6 +154,7 @@ class HiddenScore:
     """The teacher's final hidden state before each token: the exact full-vocabulary signal, 2D or 4D bytes a token."""
 
     hidden_ND: npt.NDArray[Any]  # [N,D] float32, or uint16 holding the bits of bfloat16
+    sampled_logprobs_N: Float32  # [N] of the sampled tokens; [0] when not asked for
 
 
 Score = SampledScore | SupportScore | HiddenScore
@@ -200,7 +222,7 @@ class RolloutFleet(Protocol):
 class TeacherFleet(Protocol):
     """The pool of workers that score trajectories with the frozen teacher."""
 
-    def score(self, groups: Sequence[GroupHandle], *, payload: Payload) -> list[ScoreHandle]:
+    def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring of groups, finished or not; return at once."""
         ...
 

@@ -25,8 +25,8 @@ from opd_ray.data.prompts import PromptSets, ShuffledPrompts, load_prompts
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, teacher_accuracy
 from opd_ray.metrics import summarise
-from opd_ray.objectives import OBJECTIVES
-from opd_ray.protocol import Metrics, Payload, SamplingOptions
+from opd_ray.protocol import Metrics
+from opd_ray.requests import check_offered, held_out_samples, objective_ids, score_request, training_samples
 from opd_ray.schedule import Schedule, derive_seed
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
@@ -50,6 +50,8 @@ def train(config: Config, console: RunConsole) -> Metrics:
     _build_missing_models(config, console)
     models = inspect_models(student_path=config.student.path, teacher_path=config.teacher.path)
     validate_vocabulary(config, vocab_size=models.vocab_size)
+    ids = objective_ids(config.objective, tokenizer=models.tokenizer)
+    check_offered(score_request(config.objective), offered=workers.TEACHER_OFFERS, teacher=config.teacher.path)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     with workers.connected(config):
         step = claim(run_dir, config.resume)
@@ -64,7 +66,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
         with ExitStack() as stack:
             with console.phase("start workers"):
                 fleets = stack.enter_context(
-                    workers.open_fleets(config, vocab_size=models.vocab_size, log_dir=run_dir.logs)
+                    workers.open_fleets(config, vocab_size=models.vocab_size, ids=ids, log_dir=run_dir.logs)
                 )
                 DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
@@ -130,7 +132,7 @@ def _build_missing_models(config: Config, console: RunConsole) -> None:
 def _held_out(config: Config, prompts: PromptSets) -> HeldOut:
     return HeldOut(
         prompts=prompts.held_out,
-        sampling=_sampling(config, num_samples=config.eval.samples_per_prompt),
+        sampling=held_out_samples(config),
         seed=derive_seed(config.seed, _HELD_OUT_SEED_STREAM),
     )
 
@@ -150,23 +152,14 @@ def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTr
             eval_every=config.eval_every,
             save_every=config.save_every,
         ),
-        sampling=_sampling(config, num_samples=config.rollout.samples_per_prompt),
-        payload=Payload(OBJECTIVES[config.objective.kind.value].payload),
+        sampling=training_samples(config),
+        asked=score_request(config.objective),
         seed=config.seed,
         fleets=fleets,
         prompts=ShuffledPrompts(prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed),
         evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets),
         checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
         tracker=tracker,
-    )
-
-
-def _sampling(config: Config, *, num_samples: int) -> SamplingOptions:
-    return SamplingOptions(
-        num_samples=num_samples,
-        max_response_tokens=config.rollout.max_response_tokens,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
     )
 
 

@@ -12,13 +12,16 @@ from ray.util.placement_group import remove_placement_group
 from opd_ray.config.schema import Config
 from opd_ray.controller import Fleets
 from opd_ray.protocol import RolloutFleet
+from opd_ray.requests import ObjectiveIds
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
+from workers.learner.objective import ObjectiveSetup
 from workers.placement import check_capacity, connect, is_local, pools, reserve
 from workers.rollout.fleet import RayRolloutFleet
+from workers.teacher.fleet import OFFERED as TEACHER_OFFERS
 from workers.teacher.fleet import RayTeacherFleet
 
-__all__ = ["connected", "open_fleets", "teacher_sampler"]
+__all__ = ["TEACHER_OFFERS", "connected", "open_fleets", "teacher_sampler"]
 
 
 @contextmanager
@@ -36,32 +39,40 @@ def connected(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def open_fleets(config: Config, *, vocab_size: int, log_dir: Path) -> Iterator[Fleets]:
+def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: Path) -> Iterator[Fleets]:
     """Start all workers, wait until they are ready, and end them on leaving."""
     berths = _berths(config, log_dir=log_dir)
     max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     rollout = RayRolloutFleet(
-        model_path=config.student.path, config=config.rollout, max_model_tokens=max_tokens, berth=berths["rollout"]
+        model_path=config.student.path,
+        config=config.rollout,
+        max_model_tokens=max_tokens,
+        berth=berths["rollout"],
+        objective=config.objective,
     )
     teacher = RayTeacherFleet(
         config=config.teacher,
-        top_k=config.objective.top_k,
         berth=berths["teacher"],
         arguments={
             "max_model_tokens": max_tokens,
             "vocab_size": vocab_size,
             "temperature": config.rollout.temperature,
+            "equivalent_ids": ids.equivalent,
         },
     )
     learner = RayLearner(
         config=config.learner,
-        vocab_size=vocab_size,
         berth=berths["learner"],
         arguments={
             "student_path": config.student.path,
             "teacher_path": config.teacher.path,
-            "objective": config.objective,
-            "temperature": config.rollout.temperature,
+            "objective": ObjectiveSetup(
+                config=config.objective,
+                ids=ids,
+                temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p,
+                vocab_size=vocab_size,
+            ),
             "num_steps": config.num_steps,
         },
     )
@@ -85,6 +96,7 @@ def teacher_sampler(config: Config, *, log_dir: Path) -> Iterator[RolloutFleet]:
     fleet = RayRolloutFleet(
         model_path=config.teacher.path,
         config=model,
+        objective=config.objective,
         max_model_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         berth=Berth(
             role="teacher-sampler",

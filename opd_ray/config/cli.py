@@ -62,7 +62,7 @@ def _parse(argument: str) -> Override:
     except HydraException:
         raise ValueError(
             f"{argument}: not of the form key=value; a value with special characters needs quotes inside:"
-            " key='\"value\"'"
+            " key='\"value\"', key='[\"value\"]'"
         ) from None
 
 

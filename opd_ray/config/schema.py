@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from opd_ray.config.objective import ObjectiveConfig
+
 
 class ResumePolicy(StrEnum):
     """What to do with a run dir that already holds a run."""
@@ -30,14 +32,6 @@ class LongPromptPolicy(StrEnum):
 
     error = "error"
     drop = "drop"
-
-
-class ObjectiveKind(StrEnum):
-    """The estimator of the reverse KL; see `opd_ray.objectives`."""
-
-    sampled = "sampled"
-    support = "support"
-    full = "full"
 
 
 class TrackingKind(StrEnum):
@@ -157,21 +151,6 @@ class RolloutConfig:
             _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "an integer of at least 1")
         _require(self.temperature > 0, "rollout.temperature", self.temperature, "a number above 0")
         _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a number in (0, 1]")
-
-
-@dataclass(kw_only=True, slots=True)
-class ObjectiveConfig:
-    """Which estimator of KL(student || teacher) is minimised."""
-
-    kind: ObjectiveKind
-    top_k: int = 32  # support: size of the teacher's top-K
-    discount: float = 0.0  # sampled: 0 is token-level, 1 is sequence-level
-    chunk_tokens: int = 512  # tokens whose logits are held at once
-
-    def __post_init__(self) -> None:
-        _require(self.top_k >= 1, "objective.top_k", self.top_k, "an integer of at least 1")
-        _require(0 <= self.discount <= 1, "objective.discount", self.discount, "a number in [0, 1]")
-        _require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, "an integer of at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

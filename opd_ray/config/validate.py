@@ -1,6 +1,14 @@
 """Rules over several configuration fields; each message says what was given, what was expected, which key to change."""
 
-from opd_ray.config.schema import Config, DataKind, ObjectiveKind
+from opd_ray.config.objective import (
+    BaselineKind,
+    ObjectiveConfig,
+    ObjectiveKind,
+    SignalUse,
+    SupportSource,
+    TailKind,
+)
+from opd_ray.config.schema import Config, DataKind
 from opd_ray.data.tasks import TASKS, verifier
 
 
@@ -49,17 +57,80 @@ def _data(config: Config) -> None:
 def _sampling(config: Config) -> None:
     rollout = config.rollout
     _require(
-        rollout.temperature == 1 or rollout.top_p == 1,
+        rollout.temperature == 1 or rollout.top_p == 1 or config.objective.correct_top_p,
         f"rollout.temperature={rollout.temperature} with rollout.top_p={rollout.top_p}: vLLM gives log-probs either"
-        " before both or after both, and the objective needs them after the temperature only; set one of them to 1",
+        " before both or after both, and the objective needs them after the temperature only; set one of them to 1,"
+        " or with objective=sampled objective.correct_top_p=true",
     )
 
 
 def _objective(config: Config) -> None:
     objective = config.objective
+    match objective.kind:
+        case ObjectiveKind.sampled:
+            _sampled(config)
+        case ObjectiveKind.support:
+            _support(config)
     _require(
-        objective.kind is not ObjectiveKind.support or objective.top_k >= 2,
-        f"objective.top_k={objective.top_k}: expected at least 2; renormalised over one token the loss is always 0",
+        objective.kind is ObjectiveKind.sampled or objective.use_as is not SignalUse.reward,
+        f"objective.use_as=reward with objective={objective.kind.value}: a divergence at a prefix does not depend on"
+        " the token that was sampled there, so as a detached reward its policy gradient is zero in expectation (at"
+        " discount 0); expected loss or auto",
+    )
+    for key, given in _sampled_only(objective).items():
+        _require(
+            objective.kind is ObjectiveKind.sampled or not given,
+            f"objective.{key} with objective={objective.kind.value}: expected objective=sampled, the others have no"
+            " reward to change",
+        )
+
+
+def _sampled_only(objective: ObjectiveConfig) -> dict[str, bool]:
+    """Return the keys that change `sampled` alone, and whether they are set."""
+    return {
+        "discount": objective.discount > 0,
+        "baseline": objective.baseline is not BaselineKind.none,
+        "reward_clip": objective.reward_clip is not None,
+        "task_reward_weight": objective.task_reward_weight > 0,
+        "correct_top_p": objective.correct_top_p,
+    }
+
+
+def _sampled(config: Config) -> None:
+    objective, samples = config.objective, config.rollout.samples_per_prompt
+    _require(
+        objective.use_as is not SignalUse.loss,
+        "objective.use_as=loss with objective=sampled: the gradient of log p(y) - log q(y) has no teacher in it and is"
+        " zero in expectation; expected reward or auto (a policy gradient), or objective=support or full",
+    )
+    _require(
+        objective.baseline is not BaselineKind.group_mean or samples > 1,
+        f"objective.baseline=group_mean with rollout.samples_per_prompt={samples}: expected at least 2, the mean is"
+        " over a prompt's other samples",
+    )
+    _require(
+        objective.task_reward_weight == 0 or samples > 1,
+        f"objective.task_reward_weight={objective.task_reward_weight} with rollout.samples_per_prompt={samples}:"
+        " expected at least 2, rewards are compared within a prompt's samples",
+    )
+    _require(
+        not objective.correct_top_p or config.rollout.top_p < 1,
+        "objective.correct_top_p=true with rollout.top_p=1: there is no nucleus to correct for",
+    )
+
+
+def _support(config: Config) -> None:
+    objective = config.objective
+    _require(
+        objective.top_k >= 2 or objective.tail is not TailKind.renormalise,
+        f"objective.top_k={objective.top_k}: expected at least 2; renormalised over one token, loss and gradient are"
+        " always 0",
+    )
+    limit = config.rollout.engine_args.get("max_logprobs", objective.top_k)
+    _require(
+        objective.support is SupportSource.teacher or limit == -1 or objective.top_k <= limit,
+        f"objective.top_k={objective.top_k}: the rollout engine gives at most"
+        f" rollout.engine_args.max_logprobs={limit} log-probs a token; raise it or leave it out",
     )
 
 

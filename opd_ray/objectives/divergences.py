@@ -1,18 +1,108 @@
-"""Divergences between two categorical distributions at one prefix, from their log-probs.
+"""Divergences between student and teacher at one prefix, as elementwise terms with the derivative in closed form.
 
-Suffixes: N tokens, V the outcomes (the vocabulary, or a support in which both sides are normalised). Nats.
+p is the student, q the teacher, both categorical over the same outcomes (the vocabulary, a support, a support and its
+tail). Suffixes: N tokens, V outcomes. Log-probs in nats; an outcome that is not there has log-prob `ABSENT` on both
+sides, and contributes nothing.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+ABSENT = -1e30  # finite, so that the difference of two absent log-probs is 0 and not NaN
 
-def reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """Return KL(p || q) = sum_v p (log p - log q) for each token, [N], >= 0 up to rounding.
 
-    Both sides must be normalised over V; log_p_NV must come from a log-softmax. The gradient with respect to the
-    logits is then p * (log p - log q - KL): the log-ratio is held constant because the part through it,
-    sum_v p grad(log p), is 0 for any p, and would only add rounding (with it, p == q gives 1e-7 and not 0).
-    For the same reason second derivatives are wrong.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """A divergence sum_v phi(p_v, q_v), and the derivative of its terms.
+
+    `terms(log_p, log_q)` returns (phi, slope), elementwise, with  d phi / d log p = slope + constant * p. Over a
+    normalised p the constant cancels in the gradient with respect to the logits, which is slope - p * sum(slope):
+    dropping it there keeps p == q at exactly 0. Where p is not normalised (the raw head of a support) or only one
+    outcome is seen (a sampled tail), it must be put back.
     """
-    log_ratio_NV = (log_p_NV - log_q_NV).detach()
-    return (log_p_NV.exp() * log_ratio_NV).sum(dim=-1)
+
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    constant: float
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the divergence of each token [N] and its gradient with respect to the logits of p [N,V].
+
+        Both sides must be normalised over V.
+        """
+        phi_NV, slope_NV = self.terms(log_p_NV, log_q_NV)
+        return phi_NV.sum(-1), slope_NV - log_p_NV.exp() * slope_NV.sum(-1, keepdim=True)
+
+
+def reverse_kl() -> Divergence:
+    """KL(p || q): phi = p (log p - log q); the gradient in the logits is p (log p - log q - KL). Mode-seeking."""
+
+    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        phi_NV = log_p_NV.exp() * (log_p_NV - log_q_NV)
+        return phi_NV, phi_NV
+
+    return Divergence(terms=terms, constant=1.0)
+
+
+def forward_kl() -> Divergence:
+    """KL(q || p): phi = q (log q - log p); the gradient in the logits is p - q. Mode-covering, hardly hurt by stale
+    data."""
+
+    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        q_NV = log_q_NV.exp()
+        return q_NV * (log_q_NV - log_p_NV), log_p_NV.exp() - q_NV
+
+    return Divergence(terms=terms, constant=-1.0)
+
+
+def generalised_jsd(beta: float) -> Divergence:
+    """JSD(beta) = beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q; bounded by log 2 at 1/2.
+
+    beta -> 0, divided by beta, is the forward KL and beta -> 1, divided by 1 - beta, the reverse KL; at 0 and 1 exactly
+    those are returned, as is the convention of the field. Source: GKD, arXiv 2306.13649 (there P_T is our q).
+    """
+    if beta in (0, 1):
+        return reverse_kl() if beta == 1 else forward_kl()
+    log_beta, log_rest = math.log(beta), math.log1p(-beta)
+
+    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        log_m_NV = torch.logaddexp(log_p_NV + log_rest, log_q_NV + log_beta)
+        student_NV = (1 - beta) * log_p_NV.exp() * (log_p_NV - log_m_NV)
+        return student_NV + beta * log_q_NV.exp() * (log_q_NV - log_m_NV), student_NV
+
+    return Divergence(terms=terms, constant=0.0)
+
+
+def skewed_reverse_kl(alpha: float) -> Divergence:
+    """KL(p || s), s = (1 - alpha) q + alpha p: finite and with bounded log-ratio where q vanishes; alpha 0 is reverse.
+
+    Source: DistiLLM, arXiv 2402.03898 (skew reverse KL).
+    """
+    if alpha == 0:
+        return reverse_kl()
+    log_alpha, log_rest = math.log(alpha), math.log1p(-alpha)
+
+    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        log_s_NV = torch.logaddexp(log_q_NV + log_rest, log_p_NV + log_alpha)
+        log_ratio_NV, p_NV = log_p_NV - log_s_NV, log_p_NV.exp()
+        return p_NV * log_ratio_NV, p_NV * (log_ratio_NV + alpha * (1 - log_ratio_NV.exp()))
+
+    return Divergence(terms=terms, constant=1.0 - alpha)
+
+
+def mixed_kl(forward_weight: float) -> Divergence:
+    """forward_weight * KL(q || p) + (1 - forward_weight) * KL(p || q)."""
+    forward, reverse = forward_kl(), reverse_kl()
+
+    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(forward.terms(log_p_NV, log_q_NV), reverse.terms(log_p_NV, log_q_NV), strict=True)
+        phi_NV, slope_NV = (forward_weight * f + (1 - forward_weight) * r for f, r in pairs)
+        return phi_NV, slope_NV
+
+    return Divergence(
+        terms=terms,
+        constant=forward_weight * forward.constant + (1 - forward_weight) * reverse.constant,
+    )

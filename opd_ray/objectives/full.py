@@ -1,4 +1,4 @@
-"""The full-vocabulary objective: exact reverse KL from the teacher's hidden states.
+"""The full-vocabulary objective: an exact divergence from the teacher's hidden states.
 
 Suffixes: N tokens, V vocabulary, D hidden size.
 """
@@ -6,37 +6,74 @@ Suffixes: N tokens, V vocabulary, D hidden size.
 import torch
 from torch import Tensor
 
-from opd_ray.objectives.divergences import reverse_kl
-from opd_ray.objectives.logits import at_sampled, common_vocabulary, log_probs, map_chunks, widest_dtype
-from opd_ray.objectives.objective import ObjectiveOptions, TokenLosses
+from opd_ray.objectives.diagnostics import diagnose
+from opd_ray.objectives.divergences import Divergence
+from opd_ray.objectives.equivalence import Equivalence, merging
+from opd_ray.objectives.head import WholeHead, head_losses, teacher_rows
+from opd_ray.objectives.objective import Losses, ObjectiveOptions
+from opd_ray.objectives.rows import RowLosses, blocks, common_vocabulary, logsumexp, widest_dtype
 from opd_ray.objectives.signals import HiddenSignal, Tokens, check_num_tokens
 
 
-def token_losses(
+def losses(
     hidden_ND: Tensor, head_VD: Tensor, *, tokens: Tokens, signal: HiddenSignal, options: ObjectiveOptions
-) -> TokenLosses:
-    """Return loss_t = KL(p || q) = sum_v p (log p - log q) over the common vocabulary, at the sampled prefixes.
+) -> Losses:
+    """Return loss_t = D(p, q) over the common vocabulary at the sampled prefixes, D the options' divergence.
 
-    The gradient in the student's logits is p (log p - log q - loss): what `sampled` at discount 0 has in expectation
-    over y_t, without its noise. divergence_N is the loss itself, exact and >= 0. Both models' logits are divided by
-    the temperature; heads of different sizes are cut to the common range before the softmax.
+    With the reverse KL, sum_v p (log p - log q), the gradient in the student's logits is p (log p - log q - loss): what
+    `sampled` at discount 0 has in expectation over y_t, without its noise. divergence_N is the loss itself, exact
+    and >= 0. Both models' logits are divided by the temperature; heads of different sizes are cut to the common
+    range before the softmax.
 
     hidden_ND [N,D], head_VD [V,D]; the teacher has its own D and V and gets no gradient; nats. Standard.
     Choose it when the exact signal is worth 2D bytes a token and products with both heads.
     """
     check_num_tokens(tokens, hidden_ND=hidden_ND, signal_N=signal.hidden_ND)
+    tokens = tokens.cleared()
+    dtype = widest_dtype(hidden_ND, head_VD)
     vocab_size = common_vocabulary(options.vocab_size, head_VD, signal.head_VD)
-    teacher_head_VD = signal.head_VD[:vocab_size]
-    # Cast before the chunks: their gradients then add up in the wide dtype, not in the head's.
-    wide_head_VD = head_VD[:vocab_size].to(widest_dtype(hidden_ND, head_VD))
+    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
+    ids_N = equivalence.canonical(tokens.ids_N)
+    teacher_logits = teacher_rows(signal, tokens=tokens, vocab_size=vocab_size, options=options, dtype=dtype)
 
-    def of_chunk(rows: slice) -> tuple[Tensor, Tensor]:
-        mask = tokens.mask_N[rows]
-        log_p = log_probs(hidden_ND[rows], wide_head_VD, mask_N=mask, temperature=options.temperature)
-        with torch.no_grad():
-            log_q = log_probs(signal.hidden_ND[rows], teacher_head_VD, mask_N=mask, temperature=options.temperature)
-            sampled_logprobs = at_sampled(log_p, ids_N=tokens.ids_N[rows], mask_N=mask)
-        return reverse_kl(log_p, log_q.to(log_p.dtype)).masked_fill(~mask, 0), sampled_logprobs
+    def row_loss(rows: slice, logits_NV: Tensor, wanted: bool) -> RowLosses:
+        teacher_NV = equivalence.merge(teacher_logits(rows))
+        sampled_N = logits_NV.gather(1, ids_N[rows][:, None]).squeeze(1)
+        loss_N, lse_N = divergence_of_logits(logits_NV, teacher_NV, divergence=options.divergence, wanted=wanted)
+        return RowLosses(
+            loss_N=loss_N, slope_NV=logits_NV if wanted else None, divergence_N=loss_N, logprobs_N=sampled_N - lse_N
+        )
 
-    loss_N, sampled_logprobs_N = map_chunks(of_chunk, num_tokens=len(tokens.ids_N), chunk_tokens=options.chunk_tokens)
-    return TokenLosses(loss_N=loss_N, divergence_N=loss_N.detach(), sampled_logprobs_N=sampled_logprobs_N)
+    head = WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=options.chunk_tokens)
+    result = head_losses(
+        hidden_ND,
+        head_VD,
+        head=head,
+        row_loss=merging(row_loss, equivalence, ids_N=tokens.ids_N),
+        tokens=tokens,
+        temperature=options.temperature,
+    )
+    return result.with_diagnostics(diagnose(hidden_ND, head_VD, tokens=tokens, options=options))
+
+
+def divergence_of_logits(
+    logits_NV: Tensor, teacher_NV: Tensor, *, divergence: Divergence, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence [N] of two rows of logits and the student's log-normaliser [N]; block by block.
+
+    Overwrites both: logits_NV becomes the gradient with respect to itself when that is wanted.
+    """
+    lse_N, teacher_lse_N = logsumexp(logits_NV), logsumexp(teacher_NV)
+    total_N, slopes_N = torch.zeros_like(lse_N), torch.zeros_like(lse_N)
+    for log_p_NV, log_q_NV in blocks(logits_NV, teacher_NV):
+        log_p_NV.sub_(lse_N[:, None])
+        phi_NV, slope_NV = divergence.terms(log_p_NV, log_q_NV.sub_(teacher_lse_N[:, None]))
+        total_N += phi_NV.sum(-1)
+        if wanted:
+            slopes_N += slope_NV.sum(-1)
+            log_q_NV.copy_(slope_NV)
+            log_p_NV.exp_()
+    if wanted:
+        for p_NV, slope_NV in blocks(logits_NV, teacher_NV):
+            torch.addcmul(slope_NV, p_NV, slopes_N[:, None], value=-1, out=p_NV)
+    return total_N, lse_N

@@ -1,67 +1,181 @@
-"""The support objective: reverse KL after renormalising both models in a small set of ids.
+"""The support objective: a divergence on a small set S of ids per token, with a choice about the tail outside S.
 
-Suffixes: N tokens, K support, V vocabulary, D hidden size.
+Suffixes: N tokens (of a chunk, in row losses), K support, V vocabulary, D hidden size.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opd_ray.objectives.divergences import reverse_kl
-from opd_ray.objectives.gathered_logits import gathered_logits
-from opd_ray.objectives.logits import common_vocabulary, token_logprobs, widest_dtype
-from opd_ray.objectives.objective import ObjectiveOptions, TokenLosses
+from opd_ray.objectives.diagnostics import diagnose
+from opd_ray.objectives.divergences import ABSENT, Divergence
+from opd_ray.objectives.equivalence import Equivalence, gathering, merging
+from opd_ray.objectives.head import GatheredHead, WholeHead, head_losses
+from opd_ray.objectives.objective import Losses, ObjectiveOptions, Tail
+from opd_ray.objectives.rows import RowLosses, blocks, common_vocabulary, logsumexp, widest_dtype
 from opd_ray.objectives.signals import SupportSignal, Tokens, check_num_tokens
 
 
-def token_losses(
+def losses(
     hidden_ND: Tensor, head_VD: Tensor, *, tokens: Tokens, signal: SupportSignal, options: ObjectiveOptions
-) -> TokenLosses:
-    """Return loss_t = KL(p^ || q^) = sum_S p^ (log p^ - log q^), with p^ = softmax(z_S) and q^ = q renormalised in S.
+) -> Losses:
+    """Return loss_t = D on S, D the options' divergence with terms phi(p_v, q_v); `tail` says how S is completed.
 
-    The gradient in the logits is p^ (log p^ - log q^ - loss) in S and 0 outside: the loss says nothing about the mass
-    that the student has outside S. divergence_N is the loss itself: >= 0, but no bound on the full KL.
+    - `renormalise`: D(p^, q^), both models renormalised in S ("local support matching"). Says nothing about the mass
+      outside S. Reads only the K head rows of S, so it costs N K D and not N V D, and a row's gradient is 0 outside S.
+    - `bucket`: all ids outside S are one more outcome, of mass 1 - sum_S. At most the full divergence, equal at K = V.
+    - `sampled_corrected`: sum_S phi, plus phi(y) / p(y) times rho = p(y) / sg p(y) where the sampled y is outside S:
+      unbiased for the full divergence in value and gradient.
+    - `sampled_uncorrected`: the same with the log-ratio held constant. A baseline: the value is unbiased, but for the
+      reverse KL the gradient is that of KL + P_S.
+    - `none`: sum_S phi with p normalised over the vocabulary. A baseline: no divergence; for the reverse KL it can be
+      negative and rewards moving mass out of S.
 
-    Only the K head rows of S are read. sampled_logprobs_N needs the whole head, so it covers the first
-    `options.diagnostic_tokens` tokens only and is empty for 0. hidden_ND [N,D], head_VD [V,D]; nats.
-    Source: arXiv 2603.25562 ("local support matching"). Choose it by default: nearly the signal of `full` for a
-    payload and a cost that do not grow with the vocabulary. Raises ValueError for K < 2.
+    divergence_N is the loss itself. sampled_logprobs_N is empty for `renormalise`. Stats: `support_teacher_mass`,
+    sum_S q, except for `renormalise`, whose log q may lack a constant. hidden_ND [N,D], head_VD [V,D]; nats.
+    Source: arXiv 2603.25562. Choose `renormalise` by default: nearly the signal of `full` for a payload and a cost
+    that do not grow with the vocabulary. Raises ValueError for K < 2 renormalised.
     """
     check_num_tokens(tokens, hidden_ND=hidden_ND, signal_N=signal.ids_NK)
-    top_k = signal.ids_NK.shape[1]
-    if top_k < 2:
-        raise ValueError(
-            f"objective.top_k = {top_k}: expected at least 2; renormalised in one id, loss and gradient are always 0"
-        )
+    tokens = tokens.cleared()
+    dtype = widest_dtype(hidden_ND, head_VD)
     vocab_size = common_vocabulary(options.vocab_size, head_VD)
-    in_support_NK = (signal.ids_NK >= 0) & (signal.ids_NK < vocab_size) & tokens.mask_N[:, None]
-    logits_NK = gathered_logits(
-        hidden_ND.masked_fill(~tokens.mask_N[:, None], 0),
-        head_VD,
-        ids_NK=signal.ids_NK.masked_fill(~in_support_NK, 0),
-        chunk_tokens=options.chunk_tokens,
+    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
+    ids_NK = equivalence.without_duplicates(signal.ids_NK)
+    present_NK = (ids_NK >= 0) & (ids_NK < vocab_size) & tokens.mask_N[:, None]
+    support = _Support(
+        ids_NK=ids_NK.masked_fill(~present_NK, 0),
+        present_NK=present_NK,
+        log_q_NK=signal.logprobs_NK.detach().to(dtype).masked_fill(~present_NK, ABSENT),
+        divergence=options.divergence,
     )
-    loss_N = reverse_kl(
-        _renormalised(logits_NK / options.temperature, in_support_NK),
-        _renormalised(signal.logprobs_NK.detach().to(logits_NK.dtype), in_support_NK),
+    if options.tail == "renormalise":
+        _require_two_ids(support.ids_NK.shape[1])
+        ids, row_loss = gathering(_Renormalised(support=support), equivalence, ids_NK=support.ids_NK)
+        head: GatheredHead | WholeHead = GatheredHead(
+            head_VD, ids_NK=ids, dtype=dtype, chunk_tokens=options.chunk_tokens
+        )
+    else:
+        sampled = _sampled_logprobs(signal, tokens=tokens, tail=options.tail, dtype=dtype)
+        rows = _WithTail(support=support, ids_N=equivalence.canonical(tokens.ids_N), log_q_N=sampled, tail=options.tail)
+        row_loss = merging(rows, equivalence, ids_N=tokens.ids_N)
+        head = WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=options.chunk_tokens)
+    result = head_losses(
+        hidden_ND, head_VD, head=head, row_loss=row_loss, tokens=tokens, temperature=options.temperature
     )
-    return TokenLosses(
-        loss_N=loss_N,
-        divergence_N=loss_N.detach(),
-        sampled_logprobs_N=_diagnostic_logprobs(hidden_ND, head_VD, tokens=tokens, options=options),
-    )
+    return result.with_diagnostics(diagnose(hidden_ND, head_VD, tokens=tokens, options=options, support_ids_NK=ids_NK))
 
 
-def _renormalised(scores_NK: Tensor, in_support_NK: Tensor) -> Tensor:
-    # The lowest finite number and not -inf: an absent id then has a log-ratio of 0, not NaN, and a token without any
-    # id (masked) has two uniform distributions, so that its loss and gradient are exactly 0.
-    return scores_NK.masked_fill(~in_support_NK, torch.finfo(scores_NK.dtype).min).log_softmax(dim=-1)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Support:
+    ids_NK: Tensor  # 0 where absent
+    present_NK: Tensor
+    log_q_NK: Tensor  # ABSENT where absent
+    divergence: Divergence
 
 
-def _diagnostic_logprobs(hidden_ND: Tensor, head_VD: Tensor, *, tokens: Tokens, options: ObjectiveOptions) -> Tensor:
-    first = slice(options.diagnostic_tokens)
-    if options.diagnostic_tokens == 0:
-        return torch.empty(0, dtype=widest_dtype(hidden_ND, head_VD), device=hidden_ND.device)
-    with torch.no_grad():
-        return token_logprobs(
-            hidden_ND[first], head_VD, ids_N=tokens.ids_N[first], mask_N=tokens.mask_N[first], options=options
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Renormalised:
+    """The row loss on the logits [N,K] of S alone."""
+
+    support: _Support
+
+    def __call__(self, rows: slice, logits_NK: Tensor, wanted: bool) -> RowLosses:
+        support = self.support
+        present_NK = support.present_NK[rows]
+        log_p_NK = logits_NK.masked_fill(~present_NK, ABSENT).log_softmax(-1)
+        loss_N, slope_NK = support.divergence(log_p_NK, support.log_q_NK[rows].log_softmax(-1))
+        slope_NK = slope_NK.masked_fill(~present_NK, 0) if wanted else None
+        return RowLosses(loss_N=loss_N, slope_NV=slope_NK, divergence_N=loss_N)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WithTail:
+    """The row loss on the logits of the whole vocabulary, with the ids outside S as one bucket or not at all."""
+
+    support: _Support
+    ids_N: Tensor  # sampled, canonical
+    log_q_N: Tensor  # of the sampled ids; read by sampled tails only
+    tail: Tail
+
+    def __call__(self, rows: slice, logits_NV: Tensor, wanted: bool) -> RowLosses:
+        present_NK = self.support.present_NK[rows]
+        log_q_NK = self.support.log_q_NK[rows]
+        ids_NK = self._ids_that_exist(rows)
+        ids_N1 = self.ids_N[rows][:, None]
+        sampled_N = logits_NV.gather(1, ids_N1).squeeze(1)
+        chosen_NK = logits_NV.gather(1, ids_NK).masked_fill(~present_NK, ABSENT)
+        logits_NV.scatter_(1, ids_NK, ABSENT)
+        lse_tail_N = logsumexp(logits_NV)
+        lse_N = torch.logaddexp(chosen_NK.logsumexp(-1), lse_tail_N)
+        log_p_NK, logprobs_N = chosen_NK - lse_N[:, None], sampled_N - lse_N
+        if self.tail == "bucket":
+            loss_N, slope_NK, tail_slope_N = self._bucket(log_p_NK, log_q_NK, log_p_tail_N=lse_tail_N - lse_N)
+            scale_N, shift_N = tail_slope_N, lse_tail_N
+        else:
+            outside_N = ~((ids_NK == ids_N1) & present_NK).any(-1)
+            loss_N, slope_NK, sampled_slope_N = self._seen(log_p_NK, log_q_NK, rows, logprobs_N, outside_N)
+            scale_N, shift_N = -(slope_NK.sum(-1) + sampled_slope_N), lse_N
+            slope_NK = slope_NK + log_p_NK.exp() * scale_N[:, None]
+        if wanted:
+            for (block_NV,) in blocks(logits_NV):  # ids of S are absent here: exp gives 0
+                block_NV.sub_(shift_N[:, None]).exp_().mul_(scale_N[:, None])
+            logits_NV.scatter_add_(1, ids_NK, slope_NK.masked_fill(~present_NK, 0))
+            if self.tail != "bucket":
+                logits_NV.scatter_add_(1, ids_N1, sampled_slope_N[:, None])
+        return RowLosses(
+            loss_N=loss_N,
+            slope_NV=logits_NV if wanted else None,
+            divergence_N=loss_N,
+            logprobs_N=logprobs_N,
+            stats={"support_teacher_mass": log_q_NK.exp().sum(-1)},
+        )
+
+    def _ids_that_exist(self, rows: slice) -> Tensor:
+        """Return the ids of S with absent columns naming the row's first present id once more."""
+        ids_NK, present_NK = self.support.ids_NK[rows], self.support.present_NK[rows]
+        first_N1 = ids_NK.gather(1, present_NK.to(torch.int8).argmax(-1, keepdim=True))
+        return torch.where(present_NK, ids_NK, first_N1)
+
+    def _bucket(self, log_p_NK: Tensor, log_q_NK: Tensor, *, log_p_tail_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the divergence over S and its tail, and the slopes with respect to z_S and log sum_tail exp(z)."""
+        # The teacher's tail is a difference from 1, so it is known to the rounding of 1 only.
+        q_tail_N = (1 - log_q_NK.exp().sum(-1)).clamp(min=torch.finfo(log_q_NK.dtype).eps)
+        empty_N = log_p_tail_N < ABSENT / 2  # S is the whole vocabulary
+        log_q_tail_N = q_tail_N.log().masked_fill(empty_N, ABSENT)
+        loss_N, slope_NK = self.support.divergence(
+            torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=-1), torch.cat([log_q_NK, log_q_tail_N[:, None]], dim=-1)
+        )
+        return loss_N, slope_NK[:, :-1], slope_NK[:, -1].masked_fill(empty_N, 0)
+
+    def _seen(
+        self, log_p_NK: Tensor, log_q_NK: Tensor, rows: slice, logprobs_N: Tensor, outside_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sum_S phi with the sampled tail, and the derivatives with respect to log p_S and log p(y)."""
+        divergence = self.support.divergence
+        phi_NK, slope_NK = divergence.terms(log_p_NK, log_q_NK)
+        slope_NK = slope_NK + divergence.constant * log_p_NK.exp()
+        if self.tail == "none":
+            return phi_NK.sum(-1), slope_NK, torch.zeros_like(logprobs_N)
+        phi_N, slope_N = divergence.terms(logprobs_N, self.log_q_N[rows])
+        p_N = logprobs_N.exp().clamp(min=torch.finfo(logprobs_N.dtype).tiny)
+        value_N = (phi_N / p_N).masked_fill(~outside_N, 0)
+        corrected_N = (slope_N / p_N + divergence.constant).masked_fill(~outside_N, 0)
+        return phi_NK.sum(-1) + value_N, slope_NK, corrected_N if self.tail == "sampled_corrected" else value_N
+
+
+def _sampled_logprobs(signal: SupportSignal, *, tokens: Tokens, tail: Tail, dtype: torch.dtype) -> Tensor:
+    if tail not in ("sampled_corrected", "sampled_uncorrected"):
+        return signal.sampled_logprobs_N
+    if len(signal.sampled_logprobs_N) != len(tokens.ids_N):
+        given = f"{len(signal.sampled_logprobs_N)} sampled log-probs for {len(tokens.ids_N)} tokens"
+        raise ValueError(f"objective.tail = {tail}: the teacher sent {given}, expected one each")
+    return signal.sampled_logprobs_N.detach().to(dtype).masked_fill(~tokens.mask_N, 0)
+
+
+def _require_two_ids(num_ids: int) -> None:
+    if num_ids < 2:
+        raise ValueError(
+            f"objective.top_k = {num_ids}: expected at least 2; renormalised in one id, loss and gradient are always 0"
         )

@@ -60,6 +60,7 @@ def make_group(prompt: list[int], *responses: list[int], version: int = 0) -> Tr
         token_versions=np.full(num_tokens, version, dtype=np.int32),
         loss_mask=np.ones(num_tokens, dtype=np.bool_),
         support_ids=np.empty((num_tokens, 0), dtype=np.int32),
+        rewards=np.empty(0, dtype=np.float32),
         finish=np.zeros(len(responses), dtype=np.int8),
         prompt_index=0,
         task="exact",

@@ -13,7 +13,8 @@ import pytest
 import ray
 from helpers import compose_config, make_prompt
 
-from opd_ray.protocol import GenerateRequest, Payload, SamplingOptions
+from opd_ray.protocol import GenerateRequest, Payload, SamplingOptions, ScoreRequest
+from opd_ray.requests import ObjectiveIds
 from workers import connected, open_fleets
 
 pytestmark = pytest.mark.ray
@@ -25,16 +26,19 @@ def test_a_finished_group_is_scored_while_others_still_generate(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     config = compose_config(overrides("rollout.max_response_tokens=96", "learner.max_tokens_per_micro_batch=120"))
-    short = SamplingOptions(num_samples=1, max_response_tokens=1, temperature=1.0, top_p=1.0)
+    short = SamplingOptions(
+        num_samples=1, max_response_tokens=1, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
+    )
     long = replace(short, num_samples=8, max_response_tokens=96)
     requests = [
         GenerateRequest(prompt=make_prompt(1, 2, 3), sampling=sampling, version=0, seed=1) for sampling in (long, short)
     ]
-    with connected(config), open_fleets(config, vocab_size=32, log_dir=tmp_path) as fleets:
+    ids = ObjectiveIds(masked=(), equivalent=())
+    with connected(config), open_fleets(config, vocab_size=32, ids=ids, log_dir=tmp_path) as fleets:
         fleets.rollout.load(fleets.learner.publish(0))
         for _ in range(2):  # the first calls warm the engines up
             long_group, short_group = fleets.rollout.generate(requests)
-            (short_score,) = fleets.teacher.score([short_group], payload=Payload.hidden)
+            (short_score,) = fleets.teacher.score([short_group], ScoreRequest(payload=Payload.hidden))
             first, _ = ray.wait([short_score.summary, long_group.summary], num_returns=1)
             ray.get(long_group.summary)
         assert first == [short_score.summary]

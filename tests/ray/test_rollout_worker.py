@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import make_prompt, reference_logprobs, reference_model, sampled
 
+from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Dtype, RolloutConfig
 from opd_ray.protocol import GenerateRequest, GroupSummary, SamplingOptions, TrajectoryGroup
-from workers.rollout.worker import RolloutWorker
+from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.weights import plan_manifest, write_tensor
 
 pytestmark = pytest.mark.ray
@@ -19,14 +20,18 @@ _ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 
 _PROMPT = make_prompt(*([1, 2, 3, 4, 5] * 8), answer="1")  # longer than a block of the prefix cache
 
 
-def _worker(folder: str, **options: Any) -> RolloutWorker:
+def _worker(folder: str, *, correct_top_p: bool = False, **options: Any) -> RolloutWorker:
     config = RolloutConfig(dtype=Dtype.float32, engine_args=_ENGINE_ARGS, **options)
-    return RolloutWorker(model_path=folder, config=config, max_model_tokens=64)
+    objective = ObjectiveConfig(kind=ObjectiveKind.sampled, top_k=25, correct_top_p=correct_top_p)
+    return RolloutWorker(
+        model_path=folder, config=config, max_model_tokens=64, logprob_args=logprob_args(config, objective)
+    )
 
 
-def _request(*, version: int, seed: int = 0, num_samples: int = 4, temperature: float = 1.0) -> GenerateRequest:
-    sampling = SamplingOptions(num_samples=num_samples, max_response_tokens=12, temperature=temperature, top_p=1.0)
-    return GenerateRequest(prompt=_PROMPT, sampling=sampling, version=version, seed=seed)
+def _request(*, version: int, seed: int = 0, **sampling: Any) -> GenerateRequest:
+    defaults = {"num_samples": 4, "temperature": 1.0, "top_p": 1.0, "support_size": 0, "support_top_p": 1.0}
+    options = SamplingOptions(max_response_tokens=12, **(defaults | sampling))
+    return GenerateRequest(prompt=_PROMPT, sampling=options, version=version, seed=seed)
 
 
 async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int) -> None:
@@ -110,6 +115,46 @@ def test_log_probs_are_taken_at_the_rollout_temperature(model_folder: Any) -> No
         _, group = (await _generate(worker, _request(version=0, temperature=0.5)))[0]
         truth = sampled((reference_logprobs(model, group) / 0.5).log_softmax(-1), group).detach().numpy()
         np.testing.assert_allclose(group.sampled_logprobs, truth, atol=1e-5)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_students_own_support_is_its_top_k_at_every_position(model_folder: Any, temperature: float) -> None:
+    folder, size = model_folder(seed=1), 25  # above vLLM's default limit of 20
+
+    async def scenario() -> None:
+        worker = _worker(folder, temperature=temperature)
+        model = reference_model(folder)
+        await _load(worker, model, version=0)
+        request = _request(version=0, temperature=temperature, support_size=size, support_top_p=0.9)
+        _, group = (await _generate(worker, request))[0]
+        truth_NV = (reference_logprobs(model, group) / temperature).log_softmax(-1).detach()
+        values_NK, ids_NK = truth_NV.topk(size)
+        p_NK = values_NK.exp()
+        inside_NK = (p_NK.cumsum(-1) - p_NK < 0.9).numpy()
+        assert 1 < inside_NK.sum(1).mean() < size
+        np.testing.assert_array_equal(group.support_ids, np.where(inside_NK, ids_NK.numpy(), -1))
+        np.testing.assert_allclose(group.sampled_logprobs, sampled(truth_NV, group).numpy(), atol=1e-5)
+
+    asyncio.run(scenario())
+
+
+def test_with_a_corrected_nucleus_log_probs_are_renormalised_in_it(model_folder: Any) -> None:
+    folder, top_p = model_folder(seed=1), 0.7
+
+    async def scenario() -> None:
+        worker = _worker(folder, top_p=top_p, correct_top_p=True)
+        model = reference_model(folder)
+        await _load(worker, model, version=0)
+        _, group = (await _generate(worker, _request(version=0, top_p=top_p)))[0]
+        truth_NV = reference_logprobs(model, group).detach()
+        sorted_NV, order_NV = truth_NV.exp().sort(-1, descending=True)
+        outside_NV = torch.zeros_like(truth_NV, dtype=torch.bool).scatter(
+            1, order_NV, sorted_NV.cumsum(-1) - sorted_NV >= top_p
+        )
+        nucleus_NV = truth_NV.masked_fill(outside_NV, -torch.inf).log_softmax(-1)
+        np.testing.assert_allclose(group.sampled_logprobs, sampled(nucleus_NV, group).numpy(), atol=1e-5)
 
     asyncio.run(scenario())
 

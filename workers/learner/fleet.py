@@ -10,18 +10,18 @@ from opd_ray.config.schema import LearnerConfig
 from opd_ray.data.packing import micro_batches, partition
 from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
-from workers.learner.report import RankBatch, combine
+from workers.learner.report import RankBatch, combine, estimate_name
 from workers.learner.worker import LearnerWorker
 
 
 class RayLearner:
     """`Learner` on Ray actors, one a DeepSpeed rank."""
 
-    def __init__(self, *, config: LearnerConfig, vocab_size: int, berth: Berth, arguments: dict[str, Any]) -> None:
+    def __init__(self, *, config: LearnerConfig, berth: Berth, arguments: dict[str, Any]) -> None:
         self._config = config
-        self._objective_name = arguments["objective"].kind.value
+        self._objective = arguments["objective"].config
         self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
-        self._set_up = self._start_ranks(vocab_size=vocab_size, local=berth.local)
+        self._set_up = self._start_ranks(local=berth.local)
 
     def wait_ready(self) -> None:
         """Block until every rank has its engine."""
@@ -37,7 +37,7 @@ class RayLearner:
         shares = self._split(batch, summaries)
         reports = ray.get([rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
         return {
-            **combine(reports, objective=self._objective_name),
+            **combine(reports, estimate=estimate_name(self._objective)),
             "teacher/bytes_per_token": sum(s.num_bytes for s in scored) / sum(s.num_tokens for s in scored),
             "teacher/score_s_mean": sum(s.score_s for s in scored) / len(scored),
             "time/wait_rollout_s": generated - start,
@@ -73,10 +73,10 @@ class RayLearner:
         """End the ranks."""
         kill(self._ranks)
 
-    def _start_ranks(self, *, vocab_size: int, local: bool) -> list[Any]:
+    def _start_ranks(self, *, local: bool) -> list[Any]:
         address, port = ray.get(self._ranks[0].rendezvous.remote(local=local))
         return [
-            rank.setup.remote(rank=index, master_address=address, master_port=port, vocab_size=vocab_size)
+            rank.setup.remote(rank=index, master_address=address, master_port=port)
             for index, rank in enumerate(self._ranks)
         ]
 
@@ -86,7 +86,6 @@ class RayLearner:
         shares = partition(costs, len(self._ranks))
         cuts = [self._cut([summaries[i] for i in share]) for share in shares]
         most = max(map(len, cuts))
-        num_loss_tokens = sum(s.num_loss_tokens for s in summaries)
         return [
             (
                 rank,
@@ -94,7 +93,6 @@ class RayLearner:
                     version=batch.step,
                     num_groups=len(share),
                     micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
-                    num_loss_tokens=num_loss_tokens,
                 ),
                 [batch.groups[i].group for i in share] + [batch.scores[i].score for i in share],
             )

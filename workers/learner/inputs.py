@@ -12,61 +12,105 @@ import numpy.typing as npt
 import torch
 
 from opd_ray.data.packing import pad
-from opd_ray.objectives import HiddenSignal, SampledSignal, SupportSignal, Tokens
+from opd_ray.objectives import HiddenSignal, SampledSignal, Signal, SupportSignal, Tokens
 from opd_ray.protocol import Float32, HiddenScore, Int32, SampledScore, Score, SupportScore, TrajectoryGroup
+from workers.learner.objective import TokenPlan
 
-Signal = SampledSignal | SupportSignal | HiddenSignal
+NO_ID = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredSequence:
-    """One trajectory and its part of the group's score: views, not copies."""
+    """One trajectory, its part of the group's score and how much its tokens count: views, not copies."""
 
     prompt_ids: Int32  # [P]
     response_ids: Int32  # [n]
     sampled_logprobs: Float32  # [n]
     token_versions: Int32  # [n]
-    loss_mask: npt.NDArray[np.bool_]  # [n]
+    kept: npt.NDArray[np.bool_]  # [n]
+    weights: Float32  # [n]
+    advantages: Float32  # [n]
     score: Score  # of these n tokens
 
     def without_loss(self) -> "ScoredSequence":
         """Return the same sequence with every token masked."""
-        return replace(self, loss_mask=np.zeros_like(self.loss_mask))
+        return replace(self, kept=np.zeros_like(self.kept))
 
 
-def split_groups(groups: Sequence[TrajectoryGroup], scores: Sequence[Score]) -> list[ScoredSequence]:
+def split_groups(groups: Sequence[TrajectoryGroup], scores: Sequence[Score], plan: TokenPlan) -> list[ScoredSequence]:
     """Return the trajectories of all groups, in order."""
-    return [
-        ScoredSequence(
-            prompt_ids=group.prompt_ids,
-            response_ids=group.response_ids[start:end],
-            sampled_logprobs=group.sampled_logprobs[start:end],
-            token_versions=group.token_versions[start:end],
-            loss_mask=group.loss_mask[start:end],
-            score=_rows(score, slice(start, end)),
-        )
-        for group, score in zip(groups, scores, strict=True)
-        for start, end in zip(group.offsets[:-1], group.offsets[1:], strict=True)
-    ]
+    sequences, first = [], 0
+    for group, score in zip(groups, scores, strict=True):
+        for start, end in zip(group.offsets[:-1], group.offsets[1:], strict=True):
+            of_plan = slice(first + start, first + end)
+            sequences.append(
+                ScoredSequence(
+                    prompt_ids=group.prompt_ids,
+                    response_ids=group.response_ids[start:end],
+                    sampled_logprobs=group.sampled_logprobs[start:end],
+                    token_versions=group.token_versions[start:end],
+                    kept=plan.kept_N[of_plan].numpy(),
+                    weights=plan.weights_N[of_plan].numpy(),
+                    advantages=plan.advantages_N[of_plan].numpy(),
+                    score=_rows(score, slice(start, end)),
+                )
+            )
+        first += len(group.response_ids)
+    return sequences
 
 
-def build_inputs(
-    sequences: Sequence[ScoredSequence], *, device: torch.device, teacher_head_VD: torch.Tensor
-) -> dict[str, Any]:
-    """Return the keyword arguments of `Student.forward` that speak of tokens and of the teacher."""
-    batch = pad([s.prompt_ids for s in sequences], [s.response_ids for s in sequences])
-    mask_N = np.concatenate([s.loss_mask for s in sequences])
-    return {
-        "input_ids_BT": torch.from_numpy(batch.input_ids_BT).to(device),
-        "attention_mask_BT": torch.from_numpy(batch.attention_mask_BT).to(device),
-        "state_rows_N": torch.from_numpy(batch.state_rows_N).to(device),
-        "tokens": Tokens(
-            ids_N=torch.from_numpy(batch.response_ids_N).to(device),
-            offsets=torch.from_numpy(batch.offsets).to(device),
-            mask_N=torch.from_numpy(mask_N).to(device),
-        ),
-        "signal": _signal([s.score for s in sequences], device=device, teacher_head_VD=teacher_head_VD),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputBuilder:
+    """Builds the student's inputs on a rank."""
+
+    device: torch.device
+    teacher_head_VD: torch.Tensor
+    removed_ids: tuple[int, ...]  # never in a support
+
+    def build(self, sequences: Sequence[ScoredSequence]) -> dict[str, Any]:
+        """Return the keyword arguments of `Student.forward` that speak of tokens and of the teacher."""
+        batch = pad([s.prompt_ids for s in sequences], [s.response_ids for s in sequences])
+        return {
+            "input_ids_BT": self._tensor(batch.input_ids_BT),
+            "attention_mask_BT": self._tensor(batch.attention_mask_BT),
+            "state_rows_N": self._tensor(batch.state_rows_N),
+            "tokens": Tokens(
+                ids_N=self._tensor(batch.response_ids_N),
+                offsets=self._tensor(batch.offsets),
+                mask_N=self._joined(sequences, "kept"),
+                weights_N=self._joined(sequences, "weights"),
+                sampler_logprobs_N=self._joined(sequences, "sampled_logprobs"),
+                advantages_N=self._joined(sequences, "advantages"),
+            ),
+            "signal": self._signal([s.score for s in sequences]),
+        }
+
+    def _signal(self, scores: Sequence[Any]) -> Signal:
+        """Concatenate the scores of a micro-batch, all of one kind, into a teacher signal."""
+        match scores[0]:
+            case SampledScore():
+                return SampledSignal(logprobs_N=self._joined(scores, "logprobs_N"))
+            case SupportScore():
+                ids_NK = self._joined(scores, "ids_NK").long()
+                for id_ in self.removed_ids:
+                    ids_NK = ids_NK.masked_fill(ids_NK == id_, NO_ID)
+                return SupportSignal(
+                    ids_NK=ids_NK,
+                    logprobs_NK=self._joined(scores, "logprobs_NK"),
+                    sampled_logprobs_N=self._joined(scores, "sampled_logprobs_N"),
+                )
+            case _:
+                hidden_ND = self._joined(scores, "hidden_ND")
+                bits = hidden_ND.dtype is torch.uint16
+                return HiddenSignal(
+                    hidden_ND=hidden_ND.view(torch.bfloat16) if bits else hidden_ND, head_VD=self.teacher_head_VD
+                )
+
+    def _joined(self, parts: Sequence[Any], name: str) -> torch.Tensor:
+        return self._tensor(np.concatenate([getattr(part, name) for part in parts]))
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
 
 
 def _rows(score: Score, rows: slice) -> Score:
@@ -74,25 +118,10 @@ def _rows(score: Score, rows: slice) -> Score:
         case SampledScore():
             return SampledScore(logprobs_N=score.logprobs_N[rows])
         case SupportScore():
-            return SupportScore(ids_NK=score.ids_NK[rows], logprobs_NK=score.logprobs_NK[rows])
-        case HiddenScore():
-            return HiddenScore(hidden_ND=score.hidden_ND[rows])
-
-
-def _signal(scores: Sequence[Any], *, device: torch.device, teacher_head_VD: torch.Tensor) -> Signal:
-    """Concatenate the scores of a micro-batch, all of one kind, into a teacher signal."""
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(score, name) for score in scores])).to(device)
-
-    match scores[0]:
-        case SampledScore():
-            return SampledSignal(logprobs_N=joined("logprobs_N"))
-        case SupportScore():
-            return SupportSignal(ids_NK=joined("ids_NK").long(), logprobs_NK=joined("logprobs_NK"))
-        case _:
-            hidden_ND = joined("hidden_ND")
-            bits = hidden_ND.dtype is torch.uint16
-            return HiddenSignal(
-                hidden_ND=hidden_ND.view(torch.bfloat16) if bits else hidden_ND, head_VD=teacher_head_VD
+            return SupportScore(
+                ids_NK=score.ids_NK[rows],
+                logprobs_NK=score.logprobs_NK[rows],
+                sampled_logprobs_N=score.sampled_logprobs_N[rows],  # of nothing, when there are none
             )
+        case HiddenScore():
+            return HiddenScore(hidden_ND=score.hidden_ND[rows], sampled_logprobs_N=score.sampled_logprobs_N[rows])

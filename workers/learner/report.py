@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from opd_ray.objectives import TokenLosses
+from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
+from opd_ray.objectives import Losses
 from workers.learner.inputs import ScoredSequence
 
 
@@ -18,7 +19,6 @@ class RankBatch:
     num_groups: int  # this rank's
     micro_batches: tuple[tuple[int, ...], ...]  # this rank's sequences, flat over its groups, by micro-batch;
     # all ranks have equally many: the lighter ones end with empty micro-batches
-    num_loss_tokens: int  # of the global batch: the loss's denominator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,11 @@ class RankReport:
 
     loss_sum: float
     divergence_sum: float  # nats
-    num_tokens: int
+    num_tokens: int  # that count
+    num_sampled: int  # all response tokens, masked ones too
+    stat_sums: dict[str, float]  # of `Losses.stats` over tokens that count
+    diagnostic_sums: dict[str, float]  # of `Losses.diagnostics` over `num_diagnosed` tokens
+    num_diagnosed: int
     fresh_gap_max: float  # |learner - sampler| log-prob, nats, over sequences of the current version; -1 without any
     stale_gap_max: float  # the same over sequences with older tokens
     age_sum: float  # versions between sampling and learning, summed over tokens
@@ -43,25 +47,41 @@ class Totals:
     version: int
     loss: list[torch.Tensor] = field(default_factory=list)
     divergence: list[torch.Tensor] = field(default_factory=list)
+    stats: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    diagnostics: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     gaps: list[torch.Tensor] = field(default_factory=list)
     ages: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
+    num_sampled: int = 0
+    num_diagnosed: int = 0
     age_sum: int = 0
 
-    def add(self, losses: TokenLosses, sequences: Sequence[ScoredSequence]) -> None:
+    def add(self, losses: Losses, sequences: Sequence[ScoredSequence]) -> None:
         """Add one micro-batch."""
-        mask = torch.from_numpy(np.concatenate([s.loss_mask for s in sequences]))
+        mask = torch.from_numpy(np.concatenate([s.kept for s in sequences]))
+        self.loss.append(losses.loss_N.sum())
+        self.divergence.append(losses.divergence_N.sum())
+        self.num_tokens += int(mask.sum())
+        self.num_sampled += len(mask)
+        for name, values in losses.stats.items():
+            self.stats.setdefault(name, []).append(values.sum())
+        diagnostics = dict(losses.diagnostics)
+        learner = diagnostics.pop("sampled_logprob", losses.sampled_logprobs_N)
+        if len(losses.sampled_logprobs_N):
+            learner = losses.sampled_logprobs_N  # of all tokens
+        for name, values in diagnostics.items():
+            self.diagnostics.setdefault(name, []).append(values.sum())
+            self.num_diagnosed += int(mask[: len(values)].sum()) if name == "student_entropy" else 0
+        self._add_gaps(learner, mask, sequences)
+
+    def _add_gaps(self, learner: torch.Tensor, mask: torch.Tensor, sequences: Sequence[ScoredSequence]) -> None:
         age = self.version - torch.from_numpy(np.concatenate([s.token_versions for s in sequences]))
+        self.age_sum += int(age[mask].sum())
         # A sequence that ran across an update keeps its old key-value entries: none of its tokens shows the new
         # weights alone, so the gap counts it by its oldest token.
         oldest = [np.full_like(s.token_versions, s.token_versions.min()) for s in sequences]
         sequence_age = self.version - torch.from_numpy(np.concatenate(oldest))
         sampler = torch.from_numpy(np.concatenate([s.sampled_logprobs for s in sequences]))
-        self.loss.append(losses.loss_N.detach().sum())
-        self.divergence.append(losses.divergence_N.sum())
-        self.num_tokens += int(mask.sum())
-        self.age_sum += int(age[mask].sum())
-        learner = losses.sampled_logprobs_N
         known = slice(len(learner))  # the leading tokens whose log-prob the objective gives
         gap = (learner - sampler[known].to(learner.device)).abs()
         self.gaps.append(gap[mask[known].to(gap.device)])
@@ -74,6 +94,10 @@ class Totals:
             loss_sum=float(torch.stack(self.loss).sum()),
             divergence_sum=float(torch.stack(self.divergence).sum()),
             num_tokens=self.num_tokens,
+            num_sampled=self.num_sampled,
+            stat_sums={name: float(torch.stack(values).sum()) for name, values in self.stats.items()},
+            diagnostic_sums={name: float(torch.stack(values).sum()) for name, values in self.diagnostics.items()},
+            num_diagnosed=self.num_diagnosed,
             fresh_gap_max=_max(gaps[ages <= 0]),
             stale_gap_max=_max(gaps[ages > 0]),
             age_sum=float(self.age_sum),
@@ -83,23 +107,45 @@ class Totals:
         )
 
 
-def combine(reports: Sequence[RankReport], *, objective: str) -> dict[str, float]:
-    """Return the update's metrics over all ranks. A gap that no token could show is left out."""
-    num_tokens = sum(r.num_tokens for r in reports)
+def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]:
+    """Return the update's metrics over all ranks. What no token could show is left out."""
+    num_tokens = max(sum(r.num_tokens for r in reports), 1)
     metrics = {
         "train/loss": sum(r.loss_sum for r in reports) / num_tokens,
         "train/grad_norm": reports[0].grad_norm,
         "train/lr": reports[0].lr,
         "train/token_age_mean": sum(r.age_sum for r in reports) / num_tokens,
-        f"distill/reverse_kl_{objective}": sum(r.divergence_sum for r in reports) / num_tokens,
+        "train/kept_token_fraction": sum(r.num_tokens for r in reports) / sum(r.num_sampled for r in reports),
+        f"distill/{estimate}": sum(r.divergence_sum for r in reports) / num_tokens,
         "time/learn_s": max(r.learn_s for r in reports),
     }
+    means = {name: sum(r.stat_sums[name] for r in reports) / num_tokens for name in reports[0].stat_sums}
+    if "ratio" in means:
+        metrics |= {
+            "train/ratio_mean": means["ratio"],
+            "train/ess_fraction": means["ratio"] ** 2 / max(means["ratio_squared"], 1e-30),
+            "train/ratio_clipped_fraction": means["ratio_clipped"],
+            "train/reward_clipped_fraction": means["reward_clipped"],
+        }
+    if "support_teacher_mass" in means:
+        metrics["distill/support_teacher_mass"] = means["support_teacher_mass"]
+    num_diagnosed = sum(r.num_diagnosed for r in reports)
+    if num_diagnosed:
+        names = reports[0].diagnostic_sums
+        metrics |= {f"distill/{n}": sum(r.diagnostic_sums[n] for r in reports) / num_diagnosed for n in names}
     fresh, stale = max(r.fresh_gap_max for r in reports), max(r.stale_gap_max for r in reports)
     if fresh >= 0:
         metrics["rollout/logprob_gap_max"] = fresh
     if stale >= 0:
         metrics["rollout/logprob_gap_stale_max"] = stale
     return metrics
+
+
+def estimate_name(objective: ObjectiveConfig) -> str:
+    """Return what the objective's divergence_N estimates and how, such as `reverse_kl_support`."""
+    sampled = objective.kind is ObjectiveKind.sampled
+    divergence = DivergenceKind.reverse_kl if sampled else objective.divergence
+    return f"{divergence.value}_{objective.kind.value}"
 
 
 def _max(values: torch.Tensor) -> float:

@@ -1,12 +1,13 @@
 """The student as DeepSpeed trains it: a Hugging Face model from token ids to per-token losses, and its engine."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opd_ray.config.schema import LearnerConfig, LrSchedule
-from opd_ray.objectives import ObjectiveOptions, Tokens
+from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, Signal, Tokens, keep_high_entropy
 
 _SCHEDULES = {
     LrSchedule.constant: "constant_with_warmup",
@@ -28,18 +29,20 @@ class Student(nn.Module):
         attention_mask_BT: Tensor,
         state_rows_N: Tensor,
         *,
-        token_losses: Any,
+        objective: str,
         tokens: Tokens,
-        signal: Any,
+        signal: Signal,
         options: ObjectiveOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the fields of the objective's `TokenLosses`; DeepSpeed's hooks look into tuples, not dataclasses."""
+    ) -> tuple[Any, ...]:
+        """Return the fields of the objective's `Losses`, in order: DeepSpeed's hooks look into tuples only."""
         states_BTD = self.model.base_model(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
         ).last_hidden_state
         hidden_ND = states_BTD.flatten(0, 1).index_select(0, state_rows_N)
-        losses = token_losses(hidden_ND, self.head_VD, tokens=tokens, signal=signal, options=options)
-        return losses.loss_N, losses.divergence_N, losses.sampled_logprobs_N
+        head_VD = self.head_VD
+        tokens = keep_high_entropy(hidden_ND, head_VD, tokens=tokens, options=options)
+        losses = OBJECTIVES[objective].losses(hidden_ND, head_VD, tokens=tokens, signal=signal, options=options)
+        return tuple(getattr(losses, field.name) for field in fields(losses))
 
     @property
     def head_VD(self) -> nn.Parameter:

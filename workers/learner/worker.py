@@ -6,7 +6,8 @@ transformers and DeepSpeed are imported when a worker is built: the driver needs
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy.typing as npt
 import torch
 from ray.util import get_node_ip_address
 
-from opd_ray.config.schema import LearnerConfig, ObjectiveConfig
-from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, TokenLosses
-from workers.learner.inputs import ScoredSequence, build_inputs, split_groups
+from opd_ray.config.schema import LearnerConfig
+from opd_ray.objectives import Losses, ObjectiveOptions
+from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
+from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
 from workers.output_head import load_head
 from workers.weights import WeightManifest, plan_manifest, write_tensor
@@ -31,15 +33,13 @@ class LearnerWorker:
         student_path: str,
         teacher_path: str,
         config: LearnerConfig,
-        objective: ObjectiveConfig,
-        temperature: float,
+        objective: ObjectiveSetup,
         num_steps: int,
     ) -> None:
         self._student_path = student_path
         self._teacher_path = teacher_path
         self._config = config
         self._objective = objective
-        self._temperature = temperature
         self._num_steps = num_steps
 
     def rendezvous(self, *, local: bool) -> tuple[str, int]:
@@ -49,7 +49,7 @@ class LearnerWorker:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
 
-    def setup(self, *, rank: int, master_address: str, master_port: int, vocab_size: int) -> None:
+    def setup(self, *, rank: int, master_address: str, master_port: int) -> None:
         """Join the process group and put the student under DeepSpeed."""
         os.environ.update(
             RANK=str(rank),
@@ -73,24 +73,30 @@ class LearnerWorker:
         self._engine = build_engine(
             student, config=self._config, world_size=self._config.num_ranks, num_steps=self._num_steps
         )
-        self._teacher_head_VD = load_head(self._teacher_path, vocab_size=vocab_size).to(self._device)
-        self._losses = OBJECTIVES[self._objective.kind.value].token_losses
-        self._options = ObjectiveOptions(
-            temperature=self._temperature,
-            discount=self._objective.discount,
-            vocab_size=vocab_size,
-            chunk_tokens=self._objective.chunk_tokens,
+        self._planner = TokenPlanner(self._objective, tokenizer=self._tokenizer())
+        self._inputs = InputBuilder(
+            device=self._device,
+            teacher_head_VD=load_head(self._teacher_path, vocab_size=self._objective.vocab_size).to(self._device),
+            removed_ids=self._objective.ids.masked if self._objective.config.mask.out_of_support else (),
         )
+        self._options = objective_options(self._objective)
 
     def update(self, batch: RankBatch, *groups_and_scores: Any) -> RankReport:
         """Take one optimizer update on this rank's groups, followed by as many scores."""
         start = time.perf_counter()
         totals = Totals(version=batch.version)
+        groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
+        plan = self._planner.plan(groups, scores)
+        sequences = split_groups(groups, scores, plan)
         # DeepSpeed averages gradients over ranks; the loss is a sum over the global batch's tokens.
-        scale = self._config.num_ranks / batch.num_loss_tokens
-        for losses, micro_batch in self._passes(batch, groups_and_scores, self._losses):
-            self._engine.backward(losses.loss_N.sum() * scale)
+        scale = self._config.num_ranks / max(self._global_sum(plan.denominator), 1.0)
+        options = replace(self._options, diagnostic_tokens=self._objective.config.diagnostic_tokens)
+        for indices in batch.micro_batches:
+            micro_batch = self._micro_batch(sequences, indices)
+            losses = self._forward(micro_batch, objective=self._objective.config.kind.value, options=options)
+            self._engine.backward(losses.loss * scale)
             totals.add(losses, micro_batch)
+            options = self._options  # the first micro-batch has given the diagnostics
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
         return totals.report(
@@ -102,10 +108,19 @@ class LearnerWorker:
     @torch.no_grad()
     def held_out_kl(self, batch: RankBatch, *groups_and_scores: Any) -> tuple[float, int]:
         """Return the sum of exact KL(student || teacher) in nats over this rank's tokens, and their count."""
+        groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
+        sequences = split_groups(groups, scores, sampled_tokens(groups))
+        options = ObjectiveOptions(
+            temperature=self._objective.temperature,
+            vocab_size=self._objective.vocab_size,
+            chunk_tokens=self._options.chunk_tokens,
+        )
         total, num_tokens = 0.0, 0
-        for losses, micro_batch in self._passes(batch, groups_and_scores, OBJECTIVES["full"].token_losses):
+        for indices in batch.micro_batches:
+            micro_batch = self._micro_batch(sequences, indices)
+            losses = self._forward(micro_batch, objective="full", options=options)
             total += float(losses.divergence_N.sum())
-            num_tokens += sum(int(s.loss_mask.sum()) for s in micro_batch)
+            num_tokens += sum(int(s.kept.sum()) for s in micro_batch)
         return total, num_tokens
 
     def publish(self, version: int) -> tuple[WeightManifest | None, npt.NDArray[np.uint8] | None]:
@@ -132,12 +147,10 @@ class LearnerWorker:
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0)."""
-        from transformers import AutoTokenizer
-
         with self._gathered(list(self._model.parameters())):
             if self._rank == 0:
                 self._model.save_pretrained(folder, safe_serialization=True)
-                AutoTokenizer.from_pretrained(self._student_path).save_pretrained(folder)
+                self._tokenizer().save_pretrained(folder)
 
     @property
     def _model(self) -> Any:
@@ -148,19 +161,27 @@ class LearnerWorker:
 
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._config.zero_stage == 3)
 
-    def _passes(
-        self, batch: RankBatch, groups_and_scores: Sequence[Any], token_losses: Any
-    ) -> Iterator[tuple[TokenLosses, list[ScoredSequence]]]:
-        """Run the student over each micro-batch, one at a time."""
-        sequences = split_groups(groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :])
-        for indices in batch.micro_batches:
-            # An empty micro-batch is a sequence without a loss: all ranks make the same number of collective calls.
-            micro_batch = [sequences[i] for i in indices] or [sequences[0].without_loss()]
-            inputs = build_inputs(micro_batch, device=self._device, teacher_head_VD=self._teacher_head_VD)
-            loss_N, divergence_N, sampled_logprobs_N = self._engine(
-                **inputs, token_losses=token_losses, options=self._options
+    def _micro_batch(self, sequences: Sequence[ScoredSequence], indices: Sequence[int]) -> list[ScoredSequence]:
+        """Return the named sequences; for none, one without a loss: all ranks make as many collective calls."""
+        return [sequences[i] for i in indices] or [sequences[0].without_loss()]
+
+    def _forward(self, micro_batch: Sequence[ScoredSequence], *, objective: str, options: ObjectiveOptions) -> Losses:
+        return Losses(
+            **dict(
+                zip(
+                    (field.name for field in fields(Losses)),
+                    self._engine(**self._inputs.build(micro_batch), objective=objective, options=options),
+                    strict=True,
+                )
             )
-            yield (
-                TokenLosses(loss_N=loss_N, divergence_N=divergence_N, sampled_logprobs_N=sampled_logprobs_N),
-                micro_batch,
-            )
+        )
+
+    def _global_sum(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._student_path, trust_remote_code=False)

@@ -6,17 +6,31 @@ from typing import Any
 
 import ray
 
+from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.protocol import GenerateRequest, GroupHandle, GroupSummary, Metrics, WeightBundle
 from workers.fleet import Berth, kill, spawn
-from workers.rollout.worker import RolloutWorker
+from workers.rollout.worker import RolloutWorker, logprob_args
 
 
 class RayRolloutFleet:
     """`RolloutFleet` on Ray actors."""
 
-    def __init__(self, *, model_path: str, config: RolloutConfig, max_model_tokens: int, berth: Berth) -> None:
-        arguments = {"model_path": model_path, "config": config, "max_model_tokens": max_model_tokens}
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        config: RolloutConfig,
+        objective: ObjectiveConfig,
+        max_model_tokens: int,
+        berth: Berth,
+    ) -> None:
+        arguments = {
+            "model_path": model_path,
+            "config": config,
+            "max_model_tokens": max_model_tokens,
+            "logprob_args": logprob_args(config, objective),
+        }
         self._workers = spawn(RolloutWorker, berth=berth, arguments=arguments, concurrent=True)
         self._num_dealt = 0
 

@@ -11,14 +11,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.data.tasks import verifier
-from opd_ray.protocol import Finish, GenerateRequest, GroupSummary, SamplingOptions, TrajectoryGroup
+from opd_ray.protocol import (
+    Finish,
+    Float32,
+    GenerateRequest,
+    GroupSummary,
+    Int32,
+    Prompt,
+    SamplingOptions,
+    TrajectoryGroup,
+)
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
 from workers.weights import WeightManifest
 
 _MAX_TEXT_CHARACTERS = 4000
+_DEFAULT_MAX_LOGPROBS = 20  # vLLM's own
 # A prefill in parts discards a draw and rewinds the request's generator, which torch's CPU generator cannot do.
 CPU_ENGINE_ARGS = {"enable_chunked_prefill": False}
 
@@ -26,7 +37,9 @@ CPU_ENGINE_ARGS = {"enable_chunked_prefill": False}
 class RolloutWorker:
     """Serves `generate` calls concurrently; never before it holds the version a request asks for."""
 
-    def __init__(self, *, model_path: str, config: RolloutConfig, max_model_tokens: int) -> None:
+    def __init__(
+        self, *, model_path: str, config: RolloutConfig, max_model_tokens: int, logprob_args: dict[str, Any]
+    ) -> None:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -40,7 +53,7 @@ class RolloutWorker:
             "max_model_len": max_model_tokens,
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
-            "logprobs_mode": logprobs_mode(config),
+            **logprob_args,
             "weight_transfer_config": WeightTransferConfig(backend=object_store_engine.BACKEND),
             **({} if config.gpus_per_worker else CPU_ENGINE_ARGS),
             **config.engine_args,
@@ -71,8 +84,10 @@ class RolloutWorker:
         async with self._version_changed:
             await self._version_changed.wait_for(lambda: self._version >= request.version)
         completions = await asyncio.gather(*map(asyncio.wrap_future, self._submit(request)))
-        group = build_group(request, [output.outputs[0] for output in completions])
-        return self._summarise(request, group, seconds=time.perf_counter() - start), group
+        samples = [output.outputs[0] for output in completions]
+        texts = [self._tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in samples]
+        group = build_group(request, samples, rewards=_rewards(request.prompt, texts))
+        return self._summarise(request, group, text=texts[0], seconds=time.perf_counter() - start), group
 
     def _submit(self, request: GenerateRequest) -> "list[Future[Any]]":
         return [
@@ -88,15 +103,10 @@ class RolloutWorker:
         self._engine.set_weight_version(str(manifest.version))
         self._loop.cache_salt = str(manifest.version)  # prefixes cached under the old weights are not for the new
 
-    def _summarise(self, request: GenerateRequest, group: TrajectoryGroup, *, seconds: float) -> GroupSummary:
-        texts = [
-            self._tokenizer.decode(group.response_ids[start:end].tolist(), skip_special_tokens=True)
-            for start, end in zip(group.offsets[:-1], group.offsets[1:], strict=True)
-        ]
-        prompt, rewards = request.prompt, tuple[float, ...]()
-        if prompt.answer is not None:
-            verify = verifier(prompt.task)
-            rewards = tuple(verify(text, prompt.answer) for text in texts)
+    def _summarise(
+        self, request: GenerateRequest, group: TrajectoryGroup, *, text: str, seconds: float
+    ) -> GroupSummary:
+        prompt = request.prompt
         prompt_text = self._tokenizer.decode(prompt.ids_P.tolist())
         return GroupSummary(
             prompt_index=prompt.index,
@@ -104,16 +114,23 @@ class RolloutWorker:
             response_lengths=tuple(np.diff(group.offsets).tolist()),
             num_loss_tokens=int(group.loss_mask.sum()),
             num_truncated=int((group.finish == Finish.length).sum()),
-            rewards=rewards,
+            rewards=tuple(group.rewards.tolist()),
             oldest_version=int(group.token_versions.min()),
-            text=f"{prompt_text}{texts[0]}"[:_MAX_TEXT_CHARACTERS],
+            text=f"{prompt_text}{text}"[:_MAX_TEXT_CHARACTERS],
             generate_s=seconds,
         )
 
 
-def logprobs_mode(config: RolloutConfig) -> str:
-    """Which of vLLM's log-probs are those of the full vocabulary at the rollout temperature."""
-    return "raw_logprobs" if config.temperature == 1 else "processed_logprobs"
+def logprob_args(config: RolloutConfig, objective: ObjectiveConfig) -> dict[str, Any]:
+    """Return vLLM's arguments about log-probs: at the rollout temperature, of the whole vocabulary or of the nucleus.
+
+    vLLM gives them before temperature and top-p ("raw") or after both ("processed").
+    """
+    raw = config.temperature == 1 and not objective.correct_top_p
+    return {
+        "logprobs_mode": "raw_logprobs" if raw else "processed_logprobs",
+        "max_logprobs": max(objective.top_k, _DEFAULT_MAX_LOGPROBS),
+    }
 
 
 def sampling_params(options: SamplingOptions, *, seed: int) -> Any:
@@ -125,15 +142,16 @@ def sampling_params(options: SamplingOptions, *, seed: int) -> Any:
         top_p=options.top_p,
         max_tokens=options.max_response_tokens,
         seed=seed,
-        logprobs=0,
+        logprobs=options.support_size,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def build_group(request: GenerateRequest, completions: list[Any]) -> TrajectoryGroup:
+def build_group(request: GenerateRequest, completions: list[Any], *, rewards: Float32) -> TrajectoryGroup:
     """Flatten vLLM's completions of one prompt into a group."""
+    candidates = [_candidates(c, num_ids=1 + request.sampling.support_size) for c in completions]
     lengths = [len(completion.token_ids) for completion in completions]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     num_tokens = int(offsets[-1])
@@ -145,10 +163,13 @@ def build_group(request: GenerateRequest, completions: list[Any]) -> TrajectoryG
         prompt_ids=request.prompt.ids_P,
         response_ids=np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in completions]),
         offsets=offsets,
-        sampled_logprobs=np.concatenate([_sampled_logprobs(c) for c in completions]),
+        sampled_logprobs=np.concatenate([logprobs[:, 0] for _, logprobs in candidates]),
         token_versions=versions,
         loss_mask=np.ones(num_tokens, dtype=np.bool_),
-        support_ids=np.empty((num_tokens, 0), dtype=np.int32),
+        support_ids=np.concatenate(
+            [within_mass(ids[:, 1:], logprobs[:, 1:], request.sampling.support_top_p) for ids, logprobs in candidates]
+        ),
+        rewards=rewards,
         finish=np.array([Finish[c.finish_reason] for c in completions], dtype=np.int8),
         prompt_index=request.prompt.index,
         task=request.prompt.task,
@@ -156,7 +177,24 @@ def build_group(request: GenerateRequest, completions: list[Any]) -> TrajectoryG
     )
 
 
-def _sampled_logprobs(completion: Any) -> npt.NDArray[np.float32]:
-    """vLLM lists the sampled token first at every position."""
+def within_mass(ids_NK: Int32, logprobs_NK: Float32, top_p: float) -> Int32:
+    """Return ids in descending order with -1 where those before hold the mass top_p already."""
+    if top_p >= 1:
+        return ids_NK
+    p_NK = np.exp(logprobs_NK)
+    return np.where(np.cumsum(p_NK, axis=1) - p_NK >= top_p, np.int32(-1), ids_NK)
+
+
+def _candidates(completion: Any, *, num_ids: int) -> tuple[Int32, Float32]:
+    """Return ids and log-probs [n, num_ids]: at every position vLLM lists the sampled token, then the likeliest."""
     flat = completion.logprobs
-    return np.asarray(flat.logprobs, dtype=np.float32)[np.asarray(flat.start_indices, dtype=np.int64)]
+    columns = np.asarray(flat.start_indices, dtype=np.int64)[:, None] + np.arange(num_ids)
+    return np.asarray(flat.token_ids, dtype=np.int32)[columns], np.asarray(flat.logprobs, dtype=np.float32)[columns]
+
+
+def _rewards(prompt: Prompt, texts: list[str]) -> Float32:
+    """Return the verifier's reward of each response, or none without a reference answer."""
+    if prompt.answer is None:
+        return np.empty(0, dtype=np.float32)
+    verify = verifier(prompt.task)
+    return np.array([verify(text, prompt.answer) for text in texts], dtype=np.float32)

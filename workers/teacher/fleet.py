@@ -6,34 +6,36 @@ from typing import Any
 import ray
 
 from opd_ray.config.schema import TeacherConfig
-from opd_ray.protocol import GroupHandle, Payload, ScoreHandle
+from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
 from workers.fleet import Berth, kill, spawn
 from workers.teacher.worker import TeacherWorker
+
+OFFERED = frozenset(Payload)  # a pooling engine gives hidden states, and from them everything
+"""What these teachers can say."""
 
 
 class RayTeacherFleet:
     """`TeacherFleet` on Ray actors."""
 
-    def __init__(self, *, config: TeacherConfig, top_k: int, berth: Berth, arguments: dict[str, Any]) -> None:
+    def __init__(self, *, config: TeacherConfig, berth: Berth, arguments: dict[str, Any]) -> None:
         self._workers = spawn(TeacherWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
-        self._top_k = top_k
         self._num_dealt = 0
 
     def wait_ready(self) -> None:
         """Block until every engine is built."""
         ray.get([worker.ready.remote() for worker in self._workers])
 
-    def score(self, groups: Sequence[GroupHandle], *, payload: Payload) -> list[ScoreHandle]:
+    def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring; return at once. Ray starts each call the moment its own group is finished."""
-        return [self._score(group, payload) for group in groups]
+        return [self._score(group, request) for group in groups]
 
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)
 
-    def _score(self, handle: GroupHandle, payload: Payload) -> ScoreHandle:
+    def _score(self, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
         worker: Any = self._workers[self._num_dealt % len(self._workers)]
         self._num_dealt += 1
         call = worker.score.options(num_returns=2)
-        summary, score = call.remote(handle.group, payload=payload, num_top=self._top_k)
+        summary, score = call.remote(handle.group, request)
         return ScoreHandle(summary=summary, score=score)

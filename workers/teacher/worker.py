@@ -2,30 +2,43 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from opd_ray.config.schema import TeacherConfig
+from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.protocol import (
+    Float32,
     HiddenScore,
+    Int32,
     Payload,
     SampledScore,
     Score,
+    ScoreRequest,
     ScoreSummary,
     SupportScore,
     TrajectoryGroup,
 )
 from workers.engine_loop import EngineLoop
 from workers.output_head import load_head
-from workers.teacher.head import sampled_logprobs, top_k
+from workers.teacher.head import TeacherHead
 
 
 class TeacherWorker:
     """Serves `score` calls concurrently; one prefill a sequence, no token is generated."""
 
-    def __init__(self, *, config: TeacherConfig, max_model_tokens: int, vocab_size: int, temperature: float) -> None:
+    def __init__(
+        self,
+        *,
+        config: TeacherConfig,
+        max_model_tokens: int,
+        vocab_size: int,
+        temperature: float,
+        equivalent_ids: Sequence[Sequence[int]],
+    ) -> None:
         from vllm.config import PoolerConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.pooling_params import PoolingParams
@@ -43,16 +56,19 @@ class TeacherWorker:
         }
         self._loop = EngineLoop(LLMEngine.from_engine_args(EngineArgs(**arguments)))
         self._params = PoolingParams(task="token_embed", use_activation=False)
-        self._temperature = temperature
-        device = "cuda" if config.gpus_per_worker > 0 else "cpu"
-        self._head_VD = load_head(config.path, vocab_size=vocab_size).to(device)
+        self._device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
+        self._head = TeacherHead(
+            head_VD=load_head(config.path, vocab_size=vocab_size).to(self._device),
+            temperature=temperature,
+            equivalence=Equivalence.of(equivalent_ids, device=self._device),
+        )
 
     async def ready(self) -> bool:
         """Answer once the engine is built."""
         return True
 
-    async def score(self, group: TrajectoryGroup, *, payload: Payload, num_top: int) -> tuple[ScoreSummary, Score]:
-        """Score every response token of a group. `num_top` is the size of a `support` payload."""
+    async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
+        """Score every response token of a group."""
         start = time.perf_counter()
         bounds = list(zip(group.offsets[:-1], group.offsets[1:], strict=True))
         futures = [
@@ -64,22 +80,35 @@ class TeacherWorker:
         first = len(group.prompt_ids) - 1
         rows = [o.outputs.data[first : first + b - a] for o, (a, b) in zip(outputs, bounds, strict=True)]
         hidden_ND = torch.cat(rows)
-        score = await asyncio.to_thread(self._build, hidden_ND, group, payload, num_top)
+        score = await asyncio.to_thread(self._build, hidden_ND, group, request)
         summary = ScoreSummary(
             num_tokens=len(group.response_ids), num_bytes=num_bytes(score), score_s=time.perf_counter() - start
         )
         return summary, score
 
-    def _build(self, hidden_ND: torch.Tensor, group: TrajectoryGroup, payload: Payload, num_top: int) -> Score:
-        if payload is Payload.hidden:
-            return HiddenScore(hidden_ND=to_numpy(hidden_ND))
-        hidden_ND = hidden_ND.to(self._head_VD.device)
-        if payload is Payload.sampled:
-            ids_N = torch.from_numpy(group.response_ids.astype(np.int64)).to(hidden_ND.device)
-            logprobs_N = sampled_logprobs(hidden_ND, self._head_VD, ids_N, temperature=self._temperature)
-            return SampledScore(logprobs_N=logprobs_N.cpu().numpy())
-        ids_NK, logprobs_NK = top_k(hidden_ND, self._head_VD, num_tokens=num_top, temperature=self._temperature)
-        return SupportScore(ids_NK=ids_NK.cpu().numpy(), logprobs_NK=logprobs_NK.cpu().numpy())
+    def _build(self, hidden_ND: torch.Tensor, group: TrajectoryGroup, request: ScoreRequest) -> Score:
+        if request.payload is Payload.hidden:
+            sampled = self._sampled(hidden_ND, group) if request.sampled_logprobs else np.empty(0, dtype=np.float32)
+            return HiddenScore(hidden_ND=to_numpy(hidden_ND), sampled_logprobs_N=sampled)
+        if request.payload is Payload.sampled:
+            return SampledScore(logprobs_N=self._sampled(hidden_ND, group))
+        ids_NK, logprobs_NK, sampled_N = self._head.support(
+            hidden_ND.to(self._device),
+            ids_N=self._ids(group.response_ids),
+            student_ids_NK=self._ids(group.support_ids),
+            request=request,
+        )
+        return SupportScore(
+            ids_NK=ids_NK.cpu().numpy(),
+            logprobs_NK=logprobs_NK.cpu().numpy(),
+            sampled_logprobs_N=sampled_N.cpu().numpy(),
+        )
+
+    def _sampled(self, hidden_ND: torch.Tensor, group: TrajectoryGroup) -> Float32:
+        return self._head.sampled(hidden_ND.to(self._device), self._ids(group.response_ids)).cpu().numpy()
+
+    def _ids(self, ids: Int32) -> torch.Tensor:
+        return torch.from_numpy(ids.astype(np.int64)).to(self._device)
 
 
 def to_numpy(tensor: torch.Tensor) -> Any:
@@ -94,6 +123,6 @@ def num_bytes(score: Score) -> int:
         case SampledScore():
             return score.logprobs_N.nbytes
         case SupportScore():
-            return score.ids_NK.nbytes + score.logprobs_NK.nbytes
+            return score.ids_NK.nbytes + score.logprobs_NK.nbytes + score.sampled_logprobs_N.nbytes
         case HiddenScore():
-            return score.hidden_ND.nbytes
+            return score.hidden_ND.nbytes + score.sampled_logprobs_N.nbytes

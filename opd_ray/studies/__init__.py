@@ -1,0 +1,1 @@
+"""Small studies of the objectives, each one command; nothing of the training run imports them."""

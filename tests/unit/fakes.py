@@ -14,9 +14,9 @@ from opd_ray.protocol import (
     GroupSummary,
     Learner,
     Metrics,
-    Payload,
     Prompt,
     ScoreHandle,
+    ScoreRequest,
     WeightBundle,
 )
 
@@ -66,8 +66,8 @@ class FakeRollout:
 class FakeTeacher:
     events: list[Event]
 
-    def score(self, groups: Sequence[GroupHandle], *, payload: Payload) -> list[ScoreHandle]:
-        self.events.append(("score", groups[0].group[1] // PROMPTS_PER_STEP, payload))
+    def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
+        self.events.append(("score", groups[0].group[1] // PROMPTS_PER_STEP, request))
         return [ScoreHandle(summary=None, score=("score of", g.group)) for g in groups]
 
 

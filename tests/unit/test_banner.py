@@ -43,12 +43,43 @@ def test_the_banner_counts_dropped_prompts_and_says_when_a_run_is_resumed():
     [
         (["objective=sampled"], 4),
         (["objective=support", "objective.top_k=12"], 96),
+        (["objective=support", "objective.top_k=12", "objective.support=student"], 96),
+        (["objective=support", "objective.top_k=12", "objective.support=union"], 192),
+        (["objective=support", "objective.top_k=12", "objective.include_sampled=true"], 104),
+        (["objective=support", "objective.top_k=12", "objective.support=union", "objective.include_sampled=true"], 200),
+        (["objective=support", "objective.top_k=12", "objective.tail=bucket"], 96),
+        (["objective=support", "objective.top_k=12", "objective.tail=sampled_corrected"], 100),
+        (["objective=support", "objective.top_k=12", "objective.weight.drift_rate=0.1"], 100),
+        (["objective=sampled", "objective.weight.drift_rate=0.1"], 4),
+        (["objective=sampled", "objective.baseline=kl", "teacher.dtype=bfloat16"], 256),
+        (
+            ["objective=sampled", "objective.baseline=kl", "objective.weight.drift_rate=1", "teacher.dtype=bfloat16"],
+            260,
+        ),
+        (["objective=full", "objective.weight.drift_rate=0.1", "teacher.dtype=float32"], 516),
         (["objective=full", "teacher.dtype=float32"], 512),
         (["objective=full", "teacher.dtype=bfloat16"], 256),
     ],
 )
 def test_the_bytes_a_token_are_those_of_the_objectives_payload(overrides: list[str], num_bytes: int):
     assert teacher_bytes_per_token(compose_config("experiment=demo", *overrides), MODELS) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective=sampled", "objective.discount=0.99"], "sampled, discount 0.99, baseline none; 4 bytes"),
+        (["objective=sampled", "objective.baseline=group_mean"], "sampled, discount 0, baseline group_mean; 4 bytes"),
+        (
+            ["objective=support", "objective.top_k=12", "objective.support=union", "objective.tail=bucket"],
+            "support, reverse_kl, union top-12, tail bucket; 192 bytes",
+        ),
+        (["objective=full", "objective.divergence=jsd", "teacher.dtype=float32"], "full, jsd; 512 bytes"),
+        (["objective=full", "teacher.dtype=float32", "objective.chunk_tokens=1"], "full, reverse_kl; 512 bytes"),
+    ],
+)
+def test_the_banner_says_what_is_minimised_and_what_the_teacher_sends(overrides: list[str], words: str):
+    assert f"objective  {words} a token from the teacher\n" in described(*overrides)
 
 
 def test_the_result_shows_what_was_measured_and_says_what_was_not():

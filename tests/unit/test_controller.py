@@ -13,10 +13,13 @@ from fakes import (
 )
 
 from opd_ray.controller import Loop
-from opd_ray.protocol import Batch, GenerateRequest, Payload, SamplingOptions
+from opd_ray.protocol import Batch, GenerateRequest, Payload, SamplingOptions, ScoreRequest
 from opd_ray.schedule import Schedule
 
-SAMPLING = SamplingOptions(num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0)
+SAMPLING = SamplingOptions(
+    num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0, support_size=4, support_top_p=0.9
+)
+ASKED = ScoreRequest(payload=Payload.support, support="union", top_k=4, top_p=0.9)
 
 
 @dataclass
@@ -47,7 +50,7 @@ def run_loop(
             num_steps=num_steps, max_staleness=max_staleness, eval_every=eval_every, save_every=save_every
         ),
         sampling=SAMPLING,
-        payload=Payload.support,
+        asked=ASKED,
         seed=seed,
         fleets=fleets,
         prompts=prompts or FakePrompts(),
@@ -132,11 +135,11 @@ def test_no_request_is_older_than_the_staleness_and_each_asks_for_the_weights_ju
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
-def test_every_batch_is_scored_right_at_its_dispatch_with_the_objectives_payload(max_staleness: int):
+def test_every_batch_is_scored_right_at_its_dispatch_with_the_objectives_request(max_staleness: int):
     events = run_loop(max_staleness=max_staleness).events
     for place, event in enumerate(events):
         if event[0] == "generate":
-            assert events[place + 1] == ("score", event[1], Payload.support)
+            assert events[place + 1] == ("score", event[1], ASKED)
     assert sum(event[0] == "score" for event in events) == 4
 
 

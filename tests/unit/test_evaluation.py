@@ -4,9 +4,12 @@ import pytest
 from fakes import Event, fake_fleets, make_prompt
 
 from opd_ray.evaluation import FleetEvaluator, HeldOut, teacher_accuracy
-from opd_ray.protocol import Payload, SamplingOptions
+from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
 
-SAMPLING = SamplingOptions(num_samples=4, max_response_tokens=8, temperature=0.7, top_p=0.9)
+SAMPLING = SamplingOptions(
+    num_samples=4, max_response_tokens=8, temperature=0.7, top_p=0.9, support_size=0, support_top_p=1.0
+)
+HIDDEN = ScoreRequest(payload=Payload.hidden)
 HELD_OUT = HeldOut(prompts=[make_prompt(i) for i in range(3)], sampling=SAMPLING, seed=5)
 
 
@@ -26,7 +29,7 @@ def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_
     events: list[Event] = []
     fleets = fake_fleets(events)
     FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
-    assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, Payload.hidden), ("held_out_kl", 2)]
+    assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, HIDDEN), ("held_out_kl", 2)]
     (batch,) = fleets.learner.batches
     sampled = fleets.rollout.requests[3:]
     assert [group.summary for group in batch.groups] == sampled

@@ -6,7 +6,7 @@ import pytest
 from fakes import make_prompt, make_summary
 
 import opd_ray.protocol as protocol
-from opd_ray.objectives import OBJECTIVES
+from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, PolicyOptions
 from opd_ray.protocol import (
     Batch,
     Finish,
@@ -17,13 +17,16 @@ from opd_ray.protocol import (
     SampledScore,
     SamplingOptions,
     ScoreHandle,
+    ScoreRequest,
     ScoreSummary,
     SupportScore,
     TrajectoryGroup,
     WeightBundle,
 )
 
-SAMPLING = SamplingOptions(num_samples=2, max_response_tokens=8, temperature=0.7, top_p=1.0)
+SAMPLING = SamplingOptions(
+    num_samples=2, max_response_tokens=8, temperature=0.7, top_p=1.0, support_size=2, support_top_p=0.9
+)
 GROUP = TrajectoryGroup(
     prompt_ids=np.array([3, 1], dtype=np.int32),
     response_ids=np.array([4, 5, 6, 7, 8], dtype=np.int32),
@@ -32,12 +35,17 @@ GROUP = TrajectoryGroup(
     token_versions=np.array([0, 0, 1, 1, 2], dtype=np.int32),
     loss_mask=np.array([True, True, False, True, True]),
     support_ids=np.arange(10, dtype=np.int32).reshape(5, 2),
+    rewards=np.array([1.0, 0.0], dtype=np.float32),
     finish=np.array([Finish.stop, Finish.length], dtype=np.int8),
     prompt_index=7,
     task="sort",
     seed=11,
 )
-SUPPORT = SupportScore(ids_NK=np.arange(6, dtype=np.int32).reshape(3, 2), logprobs_NK=np.zeros((3, 2), np.float32))
+SUPPORT = SupportScore(
+    ids_NK=np.arange(6, dtype=np.int32).reshape(3, 2),
+    logprobs_NK=np.zeros((3, 2), np.float32),
+    sampled_logprobs_N=np.linspace(-2, 0, 3, dtype=np.float32),
+)
 HANDLES = {
     "groups": [GroupHandle(summary="summary", group="group")],
     "scores": [ScoreHandle(summary="summary", score="score")],
@@ -48,9 +56,12 @@ MESSAGES = [
     GenerateRequest(prompt=make_prompt(), sampling=SAMPLING, version=3, seed=9),
     GROUP,
     make_summary(2, 3, rewards=[1.0, 0.0]),
+    ScoreRequest(payload=Payload.support, support="union", top_k=4, top_p=0.9, include_sampled=True, normalised=False),
     SampledScore(logprobs_N=np.linspace(-3, 0, 4, dtype=np.float32)),
     SUPPORT,
-    HiddenScore(hidden_ND=np.arange(8, dtype=np.uint16).reshape(2, 4)),
+    HiddenScore(
+        hidden_ND=np.arange(8, dtype=np.uint16).reshape(2, 4), sampled_logprobs_N=np.zeros(0, dtype=np.float32)
+    ),
     ScoreSummary(num_tokens=5, num_bytes=20, score_s=0.1),
     *HANDLES["groups"],
     *HANDLES["scores"],
@@ -111,6 +122,21 @@ def test_a_group_with_another_number_of_finishes_than_of_samples_is_refused():
         replace(GROUP, finish=GROUP.finish[:1])
 
 
+def test_a_group_has_a_reward_for_each_sample_or_none_at_all():
+    with pytest.raises(ValueError, match=r"TrajectoryGroup\.rewards has 1 entries, expected 2"):
+        replace(GROUP, rewards=GROUP.rewards[:1])
+    with pytest.raises(ValueError, match=r"TrajectoryGroup\.rewards has 3 entries, expected 2"):
+        replace(GROUP, rewards=np.zeros(3, dtype=np.float32))
+    assert len(replace(GROUP, rewards=GROUP.rewards[:0]).rewards) == 0
+
+
+@pytest.mark.parametrize("payload", Payload)
+def test_a_request_asks_for_nothing_more_than_its_payload_unless_told(payload: Payload):
+    request = ScoreRequest(payload=payload)
+    assert (request.sampled_logprobs, request.include_sampled, request.normalised) == (False, False, True)
+    assert (request.support, request.top_k, request.top_p) == ("teacher", 0, 1.0)
+
+
 @pytest.mark.parametrize("offsets", [[0, 2, 4], [1, 2, 5]])
 def test_offsets_that_do_not_span_all_tokens_are_refused(offsets: list[int]):
     with pytest.raises(ValueError, match=rf"offsets span {offsets[0]}\.\.{offsets[-1]}, not 0\.\.5"):
@@ -123,4 +149,10 @@ def test_a_support_whose_ids_and_logprobs_differ_in_shape_is_refused():
 
 
 def test_every_objective_asks_for_a_payload_of_the_protocol():
-    assert {Payload(objective.payload) for objective in OBJECTIVES.values()} == set(Payload)
+    options = [ObjectiveOptions(policy=PolicyOptions(kl_baseline=given)) for given in (False, True)]
+    asked = {name: [Payload(objective.payload(o)) for o in options] for name, objective in OBJECTIVES.items()}
+    assert asked == {
+        "sampled": [Payload.sampled, Payload.hidden],
+        "support": [Payload.support] * 2,
+        "full": [Payload.hidden] * 2,
+    }

@@ -6,7 +6,8 @@ from config_files import CONFIG_DIR, MANDATORY, compose_config, compose_raw, ref
 from omegaconf import OmegaConf
 
 from opd_ray.config.load import load, register_schema
-from opd_ray.config.schema import Config, DataKind, Dtype, ObjectiveKind, TinyModelConfig, TrackingKind
+from opd_ray.config.objective import ObjectiveKind
+from opd_ray.config.schema import Config, DataKind, Dtype, TinyModelConfig, TrackingKind
 
 CHOICES = [
     (group.name, choice.stem)

@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 import pytest
 from config_files import compose_config, refusal
 
+from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import (
     BatchConfig,
     Config,
@@ -11,8 +12,6 @@ from opd_ray.config.schema import (
     DataKind,
     EvalConfig,
     LearnerConfig,
-    ObjectiveConfig,
-    ObjectiveKind,
     RolloutConfig,
     StudentConfig,
     TeacherConfig,
@@ -30,16 +29,12 @@ def some_data(**given: object) -> DataConfig:
     return DataConfig(kind=DataKind.task, **given)
 
 
-def an_objective(**given: object) -> ObjectiveConfig:
-    return ObjectiveConfig(kind=ObjectiveKind.sampled, **given)
-
-
 def a_run(**given: object) -> Config:
     blocks = {
         "student": StudentConfig(path="student"),
         "teacher": a_teacher(),
         "data": some_data(),
-        "objective": an_objective(),
+        "objective": ObjectiveConfig(kind=ObjectiveKind.sampled),
         "tracking": TrackingConfig(kind=TrackingKind.none),
     }
     return Config(**{"name": "run", "num_steps": 1, **blocks, **given})
@@ -60,10 +55,6 @@ RULES: list[tuple[Callable[..., object], str, object, str]] = [
     (RolloutConfig, "rollout.temperature", float("nan"), "a number above 0"),
     (RolloutConfig, "rollout.top_p", 0.0, "a number in (0, 1]"),
     (RolloutConfig, "rollout.top_p", 1.5, "a number in (0, 1]"),
-    (an_objective, "objective.top_k", 0, ANY_COUNT),
-    (an_objective, "objective.discount", -0.1, "a number in [0, 1]"),
-    (an_objective, "objective.discount", 1.1, "a number in [0, 1]"),
-    (an_objective, "objective.chunk_tokens", 0, ANY_COUNT),
     (LearnerConfig, "learner.num_ranks", 0, ANY_COUNT),
     (LearnerConfig, "learner.zero_stage", 4, "0, 1, 2 or 3"),
     (LearnerConfig, "learner.lr", 0.0, "a number above 0"),
@@ -91,8 +82,6 @@ def test_a_value_outside_its_range_is_refused_by_key_value_and_expectation(
     [
         (TinyModelConfig, "num_layers", 1),
         (RolloutConfig, "top_p", 1.0),
-        (an_objective, "discount", 0.0),
-        (an_objective, "discount", 1.0),
         *((LearnerConfig, "zero_stage", stage) for stage in range(4)),
         (LearnerConfig, "warmup_steps", 0),
         (a_run, "num_steps", 1),

@@ -1,6 +1,7 @@
 import pytest
 from config_files import MANDATORY, compose_config, refusal
 
+from opd_ray.config.schema import Config
 from opd_ray.config.validate import validate_vocabulary
 
 
@@ -8,6 +9,10 @@ def refused(*overrides: str) -> str:
     words = refusal(lambda: compose_config(*MANDATORY, *overrides))
     assert "\n" not in words
     return words
+
+
+def accepted(*overrides: str) -> Config:
+    return compose_config(*MANDATORY, *overrides)
 
 
 def test_an_unknown_built_in_task_is_refused_with_the_known_ones():
@@ -33,7 +38,8 @@ def test_data_from_a_file_may_name_a_verifier_but_no_unknown_one(kind: str):
 def test_temperature_and_top_p_do_not_go_together():
     words = refused("rollout.temperature=0.7", "rollout.top_p=0.9")
     assert words.startswith("rollout.temperature=0.7 with rollout.top_p=0.9: ")
-    assert words.endswith("set one of them to 1")
+    assert "set one of them to 1" in words
+    assert words.endswith("objective.correct_top_p=true")
 
 
 @pytest.mark.parametrize("override", ["rollout.temperature=0.7", "rollout.top_p=0.9"])
@@ -41,10 +47,95 @@ def test_either_of_temperature_and_top_p_may_differ_from_one(override: str):
     compose_config(*MANDATORY, override)
 
 
-def test_a_support_of_one_token_is_refused_where_it_is_renormalised():
-    words = refused("objective=support", "objective.top_k=1")
+def test_temperature_and_top_p_go_together_where_the_objective_knows_the_nucleus():
+    given = ("rollout.temperature=0.7", "rollout.top_p=0.9", "objective=sampled")
+    assert "objective.correct_top_p=true" in refused(*given)
+    assert accepted(*given, "objective.correct_top_p=true").rollout.top_p == 0.9
+
+
+@pytest.mark.parametrize("source", ["teacher", "student", "union"])
+def test_a_support_of_one_token_is_refused_where_it_is_renormalised(source: str):
+    words = refused("objective=support", f"objective.support={source}", "objective.top_k=1")
     assert words.startswith("objective.top_k=1: expected at least 2")
-    compose_config(*MANDATORY, "objective=sampled", "objective.top_k=1")
+    accepted("objective=sampled", "objective.top_k=1")
+    accepted("objective=full", "objective.top_k=1")
+    accepted("objective=support", "objective.top_k=2")
+
+
+@pytest.mark.parametrize("tail", ["bucket", "sampled_corrected", "sampled_uncorrected", "none"])
+def test_a_support_of_one_token_is_enough_where_it_is_not_renormalised(tail: str):
+    accepted("objective=support", "objective.top_k=1", f"objective.tail={tail}")
+
+
+@pytest.mark.parametrize("kind", ["support", "full"])
+def test_a_divergence_as_a_reward_is_refused_with_the_reason(kind: str):
+    words = refused(f"objective={kind}", "objective.use_as=reward")
+    assert words.startswith(f"objective.use_as=reward with objective={kind}: ")
+    assert "its policy gradient is zero" in words
+    assert words.endswith("expected loss or auto")
+    accepted(f"objective={kind}", "objective.use_as=loss")
+    accepted(f"objective={kind}", "objective.use_as=auto")
+
+
+def test_the_log_ratio_of_the_sampled_token_as_a_loss_is_refused_with_the_reason():
+    words = refused("objective=sampled", "objective.use_as=loss")
+    assert words.startswith("objective.use_as=loss with objective=sampled: ")
+    assert "has no teacher in it" in words
+    assert "expected reward or auto (a policy gradient), or objective=support or full" in words
+    accepted("objective=sampled", "objective.use_as=reward")
+    accepted("objective=sampled", "objective.use_as=auto")
+
+
+@pytest.mark.parametrize("kind", ["support", "full"])
+@pytest.mark.parametrize(
+    "override",
+    ["discount=1", "baseline=kl", "baseline=group_mean", "reward_clip=5", "task_reward_weight=1", "correct_top_p=true"],
+)
+def test_a_key_of_the_policy_gradient_is_refused_on_the_other_objectives(kind: str, override: str):
+    key = override.partition("=")[0]
+    words = refused(f"objective={kind}", "rollout.top_p=0.9", f"objective.{override}")
+    assert words.startswith(f"objective.{key} with objective={kind}: expected objective=sampled")
+    accepted("objective=sampled", "rollout.top_p=0.9", f"objective.{override}")
+
+
+@pytest.mark.parametrize("override", ["baseline=group_mean", "task_reward_weight=0.5"])
+def test_what_compares_the_samples_of_a_prompt_expects_two_of_them(override: str):
+    words = refused("objective=sampled", f"objective.{override}", "rollout.samples_per_prompt=1")
+    assert words.startswith(f"objective.{override} with rollout.samples_per_prompt=1: expected at least 2")
+    accepted("objective=sampled", f"objective.{override}", "rollout.samples_per_prompt=2")
+
+
+@pytest.mark.parametrize("baseline", ["none", "kl"])
+def test_one_sample_is_enough_for_the_other_baselines(baseline: str):
+    accepted("objective=sampled", f"objective.baseline={baseline}", "rollout.samples_per_prompt=1")
+
+
+def test_a_correction_for_the_nucleus_expects_a_nucleus():
+    words = refused("objective=sampled", "objective.correct_top_p=true")
+    assert words.startswith("objective.correct_top_p=true with rollout.top_p=1: there is no nucleus")
+
+
+@pytest.mark.parametrize("source", ["student", "union"])
+def test_a_support_of_the_student_is_at_most_what_the_engine_is_told_to_give(source: str):
+    given = ("objective=support", f"objective.support={source}", "+rollout.engine_args.max_logprobs=31")
+    words = refused(*given)
+    assert words.startswith("objective.top_k=32: ")
+    assert "rollout.engine_args.max_logprobs=31" in words
+    accepted(*given, "objective.top_k=31")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("objective.support=teacher", "+rollout.engine_args.max_logprobs=31"),
+        ("objective.support=student", "+rollout.engine_args.max_logprobs=32"),
+        ("objective.support=student", "+rollout.engine_args.max_logprobs=-1"),
+        ("objective.support=student",),
+        ("objective=sampled", "objective.support=student", "+rollout.engine_args.max_logprobs=1"),
+    ],
+)
+def test_a_support_that_the_engine_can_give_or_need_not_give_passes(overrides: tuple[str, ...]):
+    accepted("objective=support", *overrides)
 
 
 @pytest.mark.parametrize("key", ["batch.num_prompts", "eval.num_prompts"])
@@ -77,3 +168,8 @@ def test_a_support_larger_than_the_common_vocabulary_is_refused():
     words = refusal(lambda: validate_vocabulary(config, vocab_size=14))
     assert words.startswith("objective.top_k=32: expected at most 14")
     validate_vocabulary(config, vocab_size=32)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "full"])
+def test_the_size_of_the_support_is_read_by_the_support_objective_only(kind: str):
+    validate_vocabulary(accepted(f"objective={kind}", "objective.top_k=32"), vocab_size=14)

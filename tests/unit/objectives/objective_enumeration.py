@@ -62,9 +62,7 @@ class Enumeration:
 
     def support_signal(self, top_k: int) -> SupportSignal:
         top = self.log_q_CV[self.contexts_ST.flatten()].topk(top_k, dim=-1)
-        return SupportSignal(
-            ids_NK=top.indices, logprobs_NK=top.values, sampled_logprobs_N=self.log_q_ST.flatten()
-        )
+        return SupportSignal(ids_NK=top.indices, logprobs_NK=top.values, sampled_logprobs_N=self.log_q_ST.flatten())
 
     @property
     def log_q_ST(self) -> Tensor:

@@ -29,9 +29,7 @@ def test_value_and_gradient_in_the_logits_are_those_of_the_formula(case: Case, s
     value_N, gradient_NV = on_logits(case.divergence, logits_NV.detach(), teacher_NV)
     formula_N = case.terms(logits_NV.softmax(-1), teacher_NV.softmax(-1)).sum(-1)
     torch.testing.assert_close(value_N, formula_N.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        gradient_NV, torch.autograd.grad(formula_N.sum(), logits_NV)[0], rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(gradient_NV, torch.autograd.grad(formula_N.sum(), logits_NV)[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

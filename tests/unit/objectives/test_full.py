@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from objective_oracles import CASES, Case, assert_agrees, assert_is_slope, gradients, losses_of, naive_full, random_problem
+from objective_oracles import (
+    CASES,
+    Case,
+    assert_agrees,
+    assert_is_slope,
+    gradients,
+    losses_of,
+    naive_full,
+    random_problem,
+)
 from torch import Tensor
 
 from opd_ray.objectives import OBJECTIVES, HiddenSignal, ObjectiveOptions

@@ -1,5 +1,6 @@
 """The expected gradient of `sampled`, with every sequence enumerated: exact, no Monte Carlo."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -67,7 +68,7 @@ def test_the_bias_falls_as_the_discount_rises(seed: int) -> None:
     problem = enumerate_sequences(vocab_size=3, length=3, seed=seed)
     exact = problem.gradient(problem.sequence_kl())
     bias = [float((expected_gradient(problem, discount=d) - exact).norm()) for d in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert all(later < earlier for earlier, later in zip(bias[:-1], bias[1:], strict=True))
+    assert all(later < earlier for earlier, later in itertools.pairwise(bias))
     assert bias[-1] < 1e-9
 
 

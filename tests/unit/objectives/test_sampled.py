@@ -1,120 +1,149 @@
-"""The sampled objective against the enumeration of every sequence."""
+"""The sampled objective against its formula by autograd: costs, clips, advantages, options, in float64."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from objective_oracles import Enumeration, enumerate_sequences, random_problem
+from objective_oracles import (
+    assert_agrees,
+    assert_close,
+    gradients,
+    losses_of,
+    naive_returns,
+    naive_sampled,
+    random_problem,
+)
 
-from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, SampledSignal
+from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, PolicyOptions, SampledSignal
 
-SIZES = [(3, 3), (4, 2)]
-
-
-def sequence_losses(problem: Enumeration, *, discount: float) -> torch.Tensor:
-    """Loss of each enumerated sequence, [S]."""
-    losses = OBJECTIVES["sampled"].token_losses(
-        problem.hidden_ND,
-        problem.head_VD,
-        tokens=problem.tokens,
-        signal=problem.signal,
-        options=ObjectiveOptions(discount=discount),
-    )
-    return losses.loss_N.view_as(problem.ids_ST).sum(-1)
+LOG_RATIOS = [0.0, 0.4, -0.4, 0.5, -0.5, 0.6, -0.6, 3.0, -3.0, 100.0, -100.0]
 
 
-def whole_sequence_losses(problem: Enumeration) -> torch.Tensor:
-    """The same with the cost of the whole sequence at each token: the plain sequence-level estimator."""
-    log_p_ST = problem.log_p_ST()
-    cost_S1 = (log_p_ST.detach() - problem.log_q_ST).sum(-1, keepdim=True)
-    return (cost_S1 * log_p_ST).sum(-1)
-
-
-def expected_gradient(problem: Enumeration, losses_S: torch.Tensor) -> torch.Tensor:
-    probability_S = problem.log_p_ST().sum(-1).exp().detach()
-    return problem.gradient((probability_S * losses_S).sum())
-
-
-def variance(problem: Enumeration, losses_S: torch.Tensor) -> torch.Tensor:
-    probability_S = problem.log_p_ST().sum(-1).exp().detach()
-    gradients_SX = torch.stack([problem.gradient(loss) for loss in losses_S])
-    deviations_SX = gradients_SX - probability_S @ gradients_SX
-    return probability_S @ deviations_SX.square().sum(-1)
-
-
-@pytest.mark.parametrize(("vocab_size", "length"), SIZES)
-def test_causal_and_whole_sequence_costs_have_the_gradient_of_the_sequence_kl(vocab_size: int, length: int) -> None:
-    problem = enumerate_sequences(vocab_size=vocab_size, length=length)
-    exact = problem.gradient(problem.sequence_kl())
-    causal = expected_gradient(problem, sequence_losses(problem, discount=1.0))
-    whole = expected_gradient(problem, whole_sequence_losses(problem))
-    assert exact.norm() > 0.1
-    torch.testing.assert_close(causal, exact, rtol=0, atol=1e-9)
-    torch.testing.assert_close(whole, exact, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("vocab_size", "length"), SIZES)
-def test_without_discounted_future_the_gradient_is_that_of_the_kl_at_fixed_prefixes(
-    vocab_size: int, length: int
-) -> None:
-    problem = enumerate_sequences(vocab_size=vocab_size, length=length)
-    token_level = expected_gradient(problem, sequence_losses(problem, discount=0.0))
-    torch.testing.assert_close(token_level, problem.gradient(problem.prefix_kl()), rtol=0, atol=1e-9)
-    assert (token_level - problem.gradient(problem.sequence_kl())).norm() > 0.1
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_causal_costs_have_less_variance_than_whole_sequence_costs(seed: int) -> None:
-    problem = enumerate_sequences(vocab_size=3, length=3, seed=seed)
-    causal = variance(problem, sequence_losses(problem, discount=1.0))
-    whole = variance(problem, whole_sequence_losses(problem))
-    assert causal <= whole
-
-
-def test_one_step_down_the_expected_gradient_lowers_the_sequence_kl() -> None:
-    problem = enumerate_sequences(vocab_size=3, length=3)
-    before = problem.sequence_kl().detach()
-    expected_loss = (problem.log_p_ST().sum(-1).exp().detach() * sequence_losses(problem, discount=1.0)).sum()
-    table_gradient, head_gradient = torch.autograd.grad(expected_loss, (problem.table_CD, problem.head_VD))
-    with torch.no_grad():
-        problem.table_CD.sub_(1e-3 * table_gradient)
-        problem.head_VD.sub_(1e-3 * head_gradient)
-    assert problem.sequence_kl() < before
-
-
-def test_expected_divergence_at_a_prefix_is_its_kl() -> None:
-    problem = enumerate_sequences(vocab_size=4, length=1)
-    losses = OBJECTIVES["sampled"].token_losses(
-        problem.hidden_ND,
-        problem.head_VD,
-        tokens=problem.tokens,
-        signal=problem.signal,
-        options=ObjectiveOptions(),
-    )
-    expected = (problem.log_p_ST().squeeze(-1).exp() * losses.divergence_N).sum()
-    torch.testing.assert_close(expected, problem.sequence_kl())
-
-
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
-def test_the_gradient_depends_on_the_teacher(discount: float) -> None:
-    """Trap 2: back-propagating the log-ratio as a loss gives the same gradient for every teacher."""
-    problem = random_problem(dtype=torch.float64)
-    gradients, wrong_gradients = [], []
-    for shift in (0.0, 1.0):
-        logprobs_N = problem.signal("sampled").logprobs_N.double() - shift * torch.arange(11)
-        losses = OBJECTIVES["sampled"].token_losses(
-            problem.hidden_ND,
-            problem.head_VD,
-            tokens=problem.tokens,
-            signal=SampledSignal(logprobs_N=logprobs_N),
-            options=ObjectiveOptions(discount=discount),
-        )
-        gradients.append(torch.autograd.grad(losses.loss_N.sum(), problem.hidden_ND)[0])
-        log_p_N = (problem.hidden_ND @ problem.head_VD.T).log_softmax(-1)[torch.arange(11), problem.tokens.ids_N]
-        wrong_gradients.append(torch.autograd.grad((log_p_N - logprobs_N).sum(), problem.hidden_ND)[0])
-    assert torch.equal(wrong_gradients[0], wrong_gradients[1])
-    assert (gradients[0] - gradients[1]).norm() > 0.1
+@pytest.mark.parametrize("reward_clip", [None, 0.7])
+def test_value_and_gradients_are_those_of_the_formula(
+    discount: float, temperature: float, reward_clip: float | None
+) -> None:
+    problem = random_problem(masked=(2, 5))
+    policy = PolicyOptions(discount=discount, reward_clip=reward_clip)
+    losses = losses_of("sampled", problem, policy=policy, temperature=temperature, chunk_tokens=4)
+    naive_N = naive_sampled(problem, policy=policy, temperature=temperature)
+    assert_agrees(losses, naive_N, problem, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("discount", [-0.1, 1.5, float("nan")])
-def test_a_discount_outside_zero_and_one_is_refused_by_its_key(discount: float) -> None:
-    with pytest.raises(ValueError, match=rf"objective\.discount = {discount}: expected a number in \[0, 1\]"):
-        ObjectiveOptions(discount=discount)
+def problem_with_log_ratios(log_ratios: list[float]) -> tuple[object, SampledSignal]:
+    problem = random_problem()
+    log_p_N = problem.sampled(problem.log_p().detach())
+    return problem, SampledSignal(logprobs_N=log_p_N - torch.tensor(log_ratios, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+def test_a_reward_clip_bounds_each_cost_counts_what_it_cut_and_leaves_the_divergence(discount: float) -> None:
+    """Trap 6: clipping a log-ratio removes or flips gradients, so how often it happens is a statistic."""
+    problem, signal = problem_with_log_ratios(LOG_RATIOS)
+    policy = PolicyOptions(discount=discount, reward_clip=0.55)
+    losses = losses_of("sampled", problem, signal=signal, policy=policy)
+    ratios_N = torch.tensor(LOG_RATIOS, dtype=torch.float64)
+    clipped_N = torch.tensor([max(-0.55, min(0.55, ratio)) for ratio in LOG_RATIOS], dtype=torch.float64)
+    returns_N = naive_returns(clipped_N, offsets=problem.tokens.offsets, discount=discount)
+    torch.testing.assert_close(losses.loss_N, returns_N - problem.tokens.advantages_N, rtol=0, atol=1e-9)
+    torch.testing.assert_close(losses.divergence_N, ratios_N, rtol=0, atol=1e-9)
+    assert losses.stats["reward_clipped"].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_without_a_reward_clip_nothing_is_cut_or_counted() -> None:
+    problem, signal = problem_with_log_ratios(LOG_RATIOS)
+    losses = losses_of("sampled", problem, signal=signal)
+    assert losses.stats["reward_clipped"].sum() == 0
+    expected_N = torch.tensor(LOG_RATIOS, dtype=torch.float64) - problem.tokens.advantages_N
+    torch.testing.assert_close(losses.loss_N, expected_N, rtol=0, atol=1e-9)
+
+
+def test_masked_tokens_are_not_counted_as_clipped() -> None:
+    problem, signal = problem_with_log_ratios([5.0] * 11)
+    mask_N = torch.arange(11) % 2 == 0
+    masked = replace(problem, tokens=replace(problem.tokens, mask_N=mask_N))
+    stats = losses_of("sampled", masked, signal=signal, policy=PolicyOptions(reward_clip=1.0)).stats
+    assert torch.equal(stats["reward_clipped"], mask_N.double())
+    for name in ("ratio", "ratio_squared", "ratio_clipped"):
+        assert torch.equal(stats[name][~mask_N], torch.zeros(5, dtype=torch.float64))
+
+
+def test_hidden_states_and_log_probs_of_one_teacher_differ_by_the_baseline_alone() -> None:
+    problem = random_problem(masked=(3,))
+    policy = PolicyOptions(discount=0.9, kl_baseline=True)
+    losses = losses_of("sampled", problem, policy=policy, temperature=0.7, chunk_tokens=4)
+    plain = losses_of("sampled", problem, policy=replace(policy, kl_baseline=False), temperature=0.7)
+    kl_N = losses_of("full", problem, temperature=0.7).loss_N
+    torch.testing.assert_close(losses.loss_N, plain.loss_N - kl_N, rtol=0, atol=1e-12)
+    torch.testing.assert_close(losses.divergence_N, plain.divergence_N, rtol=0, atol=1e-12)
+    assert_close(losses.stats, plain.stats, 1e-12)
+    naive_N = naive_sampled(problem, policy=policy, temperature=0.7)
+    ratio_N = naive_N / naive_N.detach().where(problem.tokens.mask_N, 1)
+    assert_agrees(losses, naive_N - kl_N * ratio_N, problem, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("poisoned", ["student", "teacher"])
+def test_rows_beyond_the_common_vocabulary_change_nothing(poisoned: str) -> None:
+    """Trap 8, with the teacher's log-probs and with its hidden states."""
+    problem = random_problem()
+    for kl_baseline in (False, True):
+        results = []
+        for scale in (1.0, 100.0):
+            heads = {"student": problem.head_VD.detach().clone(), "teacher": problem.teacher_head_VD.clone()}
+            heads[poisoned][problem.vocab_size :] *= scale
+            padded = replace(problem, head_VD=heads["student"].requires_grad_(), teacher_head_VD=heads["teacher"])
+            losses = losses_of("sampled", padded, policy=PolicyOptions(kl_baseline=kl_baseline, discount=0.9))
+            results.append((losses.loss_N, losses.sampled_logprobs_N, *gradients(losses.loss, padded)))
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second)
+
+
+def test_only_the_kl_baseline_asks_for_hidden_states() -> None:
+    for kl_baseline, payload in ((False, "sampled"), (True, "hidden")):
+        options = ObjectiveOptions(policy=PolicyOptions(kl_baseline=kl_baseline))
+        assert OBJECTIVES["sampled"].payload(options) == payload
+
+
+def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient() -> None:
+    problem = random_problem()
+    signal = SampledSignal(logprobs_N=losses_of("sampled", problem).sampled_logprobs_N)
+    plain = replace(problem, tokens=replace(problem.tokens, advantages_N=torch.zeros(11)))
+    losses = losses_of("sampled", plain, signal=signal, policy=PolicyOptions(discount=0.9))
+    for tensor in (losses.loss_N, losses.divergence_N, *gradients(losses.loss, problem)):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("objective.discount", {"discount": -0.1}, r"-0\.1: expected a number in \[0, 1\]"),
+        ("objective.discount", {"discount": 1.5}, r"1\.5: expected a number in \[0, 1\]"),
+        ("objective.discount", {"discount": float("nan")}, r"nan: expected a number in \[0, 1\]"),
+        ("objective.reward_clip", {"reward_clip": 0.0}, r"0\.0: expected a number above 0, or null"),
+        ("objective.ratio_cap", {"ratio_cap": 0.0}, r"0\.0: expected a number above 0"),
+        ("objective.ppo_clip", {"ppo_clip": 1.0}, r"1\.0: expected a number in \(0, 1\)"),
+        ("objective.ppo_dual_clip", {"ppo_dual_clip": 1.0}, r"1\.0: expected a number above 1"),
+        ("rollout.top_p", {"top_p": 0.0}, r"0\.0: expected a number in \(0, 1\]"),
+    ],
+)
+def test_policy_options_out_of_range_are_refused_by_their_key(key: str, given: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} = {expected}"):
+        PolicyOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("rollout.temperature", {"temperature": 0.0}),
+        ("vocab_size", {"vocab_size": -1}),
+        ("objective.chunk_tokens", {"chunk_tokens": 0}),
+        ("diagnostic_tokens", {"diagnostic_tokens": -1}),
+        ("objective.entropy_fraction", {"entropy_fraction": 0.0}),
+        ("objective.entropy_fraction", {"entropy_fraction": 1.1}),
+    ],
+)
+def test_options_out_of_range_are_refused_by_their_key(key: str, given: dict) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} = "):
+        ObjectiveOptions(**given)

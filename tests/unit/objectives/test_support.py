@@ -168,7 +168,12 @@ def test_ids_outside_the_common_vocabulary_are_not_in_the_support(absent_id: int
             signal,
             ids_NK=torch.cat([signal.ids_NK[:, :1], absent_N1, signal.ids_NK[:, 1:]], dim=1),
             logprobs_NK=torch.cat(
-                [signal.logprobs_NK[:, :1], torch.full_like(absent_N1, value, dtype=torch.float64), signal.logprobs_NK[:, 1:]], dim=1
+                [
+                    signal.logprobs_NK[:, :1],
+                    torch.full_like(absent_N1, value, dtype=torch.float64),
+                    signal.logprobs_NK[:, 1:],
+                ],
+                dim=1,
             ),
         )
         plain, dropped = (losses_of("support", problem, signal=each, tail=tail) for each in (signal, padded))
@@ -243,5 +248,7 @@ def test_the_payload_is_a_support_signal() -> None:
 def test_ids_and_log_probs_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"ids \(2, 3\), logprobs \(2, 2\)"):
         SupportSignal(
-            ids_NK=torch.zeros(2, 3, dtype=torch.int64), logprobs_NK=torch.zeros(2, 2), sampled_logprobs_N=torch.zeros(2)
+            ids_NK=torch.zeros(2, 3, dtype=torch.int64),
+            logprobs_NK=torch.zeros(2, 2),
+            sampled_logprobs_N=torch.zeros(2),
         )

@@ -5,15 +5,21 @@ import pytest
 import torch
 from groups import make_group
 
-from opd_ray.objectives import TokenLosses
+from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
+from opd_ray.objectives import Losses
 from opd_ray.protocol import SampledScore
 from workers.learner.inputs import ScoredSequence, split_groups
-from workers.learner.report import RankReport, Totals, combine
+from workers.learner.objective import sampled_tokens
+from workers.learner.report import RankReport, Totals, combine, estimate_name
 
 REPORT = RankReport(
     loss_sum=6.0,
     divergence_sum=3.0,
     num_tokens=3,
+    num_sampled=4,
+    stat_sums={},
+    diagnostic_sums={},
+    num_diagnosed=0,
     fresh_gap_max=0.01,
     stale_gap_max=-1.0,
     age_sum=0.0,
@@ -27,14 +33,24 @@ def sequences(*lengths: int, masked: tuple[int, ...] = ()) -> list[ScoredSequenc
     """Return one group's trajectories; token n of the group has the version n and the sampler's log-prob -n/10."""
     group = make_group([1], *([5] * length for length in lengths), masked=masked)
     score = SampledScore(logprobs_N=np.zeros(sum(lengths), dtype=np.float32))
-    return split_groups([group], [score])
+    return split_groups([group], [score], sampled_tokens([group]))
 
 
-def losses(loss: list[float], divergence: list[float], logprobs: list[float]) -> TokenLosses:
-    return TokenLosses(
-        loss_N=torch.tensor(loss, dtype=torch.float32, requires_grad=True),
+def losses(
+    loss: list[float],
+    divergence: list[float],
+    logprobs: list[float],
+    *,
+    stats: dict[str, list[float]] | None = None,
+    diagnostics: dict[str, list[float]] | None = None,
+) -> Losses:
+    return Losses(
+        loss=torch.tensor(99.0, requires_grad=True),
+        loss_N=torch.tensor(loss, dtype=torch.float32),
         divergence_N=torch.tensor(divergence, dtype=torch.float32),
-        sampled_logprobs_N=torch.tensor(logprobs),
+        sampled_logprobs_N=torch.tensor(logprobs, dtype=torch.float32),
+        stats={name: torch.tensor(values) for name, values in (stats or {}).items()},
+        diagnostics={name: torch.tensor(values) for name, values in (diagnostics or {}).items()},
     )
 
 
@@ -47,7 +63,7 @@ def test_a_ranks_sums_run_over_all_its_micro_batches_and_only_over_tokens_with_a
     totals.add(losses([1.0, 0.0], [0.5, 0.0], [0.0, -0.1]), sequences(1, 1, masked=(1,)))
     totals.add(losses([2.0, 3.0], [0.25, 0.25], [0.0, -0.1]), sequences(2))
     report = report_of(totals)
-    assert (report.loss_sum, report.divergence_sum, report.num_tokens) == (6.0, 1.0, 3)
+    assert (report.loss_sum, report.divergence_sum, report.num_tokens, report.num_sampled) == (6.0, 1.0, 3, 4)
     assert report.age_sum == 3 + (3 + 2)
     assert (report.grad_norm, report.lr, report.learn_s) == (0.5, 1e-3, 2.0)
 
@@ -77,12 +93,59 @@ def test_the_gap_leaves_out_masked_tokens():
     assert report.stale_gap_max == -1.0
 
 
-def test_the_gap_is_taken_over_the_leading_tokens_whose_logprob_the_objective_gives():
+def test_the_gap_is_taken_over_the_diagnosed_tokens_where_the_objective_gives_no_logprobs():
     totals = Totals(version=1)
-    totals.add(losses([0, 0, 0], [0, 0, 0], [0.25]), sequences(3))
+    diagnosed = {"sampled_logprob": [0.25, -0.1 - 0.5], "student_entropy": [1.0, 1.0]}
+    totals.add(losses([0, 0, 0], [0, 0, 0], [], diagnostics=diagnosed), sequences(1, 2))
+    totals.add(losses([0, 0, 0], [0, 0, 0], []), sequences(3))
     report = report_of(totals)
-    assert (report.fresh_gap_max, report.stale_gap_max) == (-1.0, 0.25)
-    assert report.num_tokens == 3
+    assert report.stale_gap_max == pytest.approx(0.25)
+    assert report.fresh_gap_max == pytest.approx(0.5)
+    assert report.num_tokens == 6
+
+
+def test_a_masked_token_that_was_diagnosed_shows_no_gap():
+    totals = Totals(version=1)
+    diagnosed = {"sampled_logprob": [99.0, -0.1 - 0.5], "student_entropy": [0.0, 1.0]}
+    totals.add(losses([0, 0, 0], [0, 0, 0], [], diagnostics=diagnosed), sequences(1, 2, masked=(0,)))
+    report = report_of(totals)
+    assert (report.fresh_gap_max, report.stale_gap_max) == (pytest.approx(0.5), -1.0)
+
+
+def test_the_logprobs_of_all_tokens_go_before_those_of_the_diagnosed():
+    totals = Totals(version=3)
+    diagnosed = {"sampled_logprob": [77.0], "student_entropy": [1.0]}
+    totals.add(losses([0, 0], [0, 0], [0.0, -0.1 + 0.125], diagnostics=diagnosed), sequences(2))
+    assert report_of(totals).stale_gap_max == pytest.approx(0.125)
+
+
+def test_no_gap_is_known_where_nothing_gives_logprobs():
+    totals = Totals(version=0)
+    totals.add(losses([0, 0], [0, 0], []), sequences(2))
+    report = report_of(totals)
+    assert (report.fresh_gap_max, report.stale_gap_max) == (-1.0, -1.0)
+
+
+def test_stats_are_summed_over_micro_batches_and_diagnostics_with_the_number_of_unmasked_tokens_they_cover():
+    totals = Totals(version=0)
+    first = losses(
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+        [],
+        stats={"support_teacher_mass": [0.5, 0.0, 0.75, 1.0]},
+        diagnostics={
+            "sampled_logprob": [0, 0, -0.2],
+            "student_entropy": [1.5, 0, 0.25],
+            "support_student_mass": [0.5, 0, 1],
+        },
+    )
+    totals.add(first, sequences(4, masked=(1,)))
+    totals.add(losses([0, 0], [0, 0], [], stats={"support_teacher_mass": [0.25, 0.25]}), sequences(2))
+    report = report_of(totals)
+    assert report.stat_sums == {"support_teacher_mass": 2.75}
+    assert report.diagnostic_sums == {"student_entropy": 1.75, "support_student_mass": 1.5}
+    assert report.num_diagnosed == 2
+    assert report.num_tokens == 5
 
 
 def test_an_empty_micro_batch_adds_nothing():
@@ -96,11 +159,12 @@ def test_an_empty_micro_batch_adds_nothing():
 
 def test_the_metrics_of_an_update_are_means_over_the_tokens_of_all_ranks():
     other = replace(REPORT, loss_sum=2.0, divergence_sum=5.0, num_tokens=1, age_sum=2.0, learn_s=3.0, fresh_gap_max=0.5)
-    assert combine([REPORT, other], objective="support") == {
+    assert combine([REPORT, other], estimate="reverse_kl_support") == {
         "train/loss": 2.0,
         "train/grad_norm": 0.5,
         "train/lr": 1e-3,
         "train/token_age_mean": 0.5,
+        "train/kept_token_fraction": 0.5,
         "distill/reverse_kl_support": 2.0,
         "time/learn_s": 3.0,
         "rollout/logprob_gap_max": 0.5,
@@ -109,12 +173,75 @@ def test_the_metrics_of_an_update_are_means_over_the_tokens_of_all_ranks():
 
 def test_a_gap_that_no_token_could_show_is_left_out():
     stale = replace(REPORT, fresh_gap_max=-1.0, stale_gap_max=0.25)
-    metrics = combine([stale], objective="full")
+    metrics = combine([stale], estimate="jsd_full")
     assert "rollout/logprob_gap_max" not in metrics
     assert metrics["rollout/logprob_gap_stale_max"] == 0.25
-    assert not any(name.startswith("rollout/") for name in combine([replace(REPORT, fresh_gap_max=-1.0)], objective=""))
+    silent = combine([replace(REPORT, fresh_gap_max=-1.0)], estimate="jsd_full")
+    assert not any(name.startswith("rollout/") for name in silent)
 
 
 def test_a_rank_without_tokens_does_not_disturb_the_means():
     empty = replace(REPORT, loss_sum=0.0, divergence_sum=0.0, num_tokens=0, fresh_gap_max=-1.0)
-    assert combine([REPORT, empty], objective="full")["train/loss"] == 2.0
+    assert combine([REPORT, empty], estimate="jsd_full")["train/loss"] == 2.0
+
+
+def test_an_update_without_any_token_that_counts_has_metrics_of_zero():
+    empty = replace(REPORT, loss_sum=0.0, divergence_sum=0.0, num_tokens=0, fresh_gap_max=-1.0)
+    metrics = combine([empty, empty], estimate="jsd_full")
+    assert (metrics["train/loss"], metrics["distill/jsd_full"], metrics["train/kept_token_fraction"]) == (0, 0, 0)
+
+
+def test_the_ratios_of_the_policy_gradient_become_their_mean_and_the_effective_share_of_samples():
+    # ratios 1, 2 and 0.5 on one rank, 0.5 on the other
+    first = {"ratio": 3.5, "ratio_squared": 5.25, "ratio_clipped": 1.0, "reward_clipped": 2.0}
+    second = {"ratio": 0.5, "ratio_squared": 0.25, "ratio_clipped": 0.0, "reward_clipped": 1.0}
+    reports = [replace(REPORT, stat_sums=first), replace(REPORT, stat_sums=second, num_tokens=1)]
+    metrics = combine(reports, estimate="reverse_kl_sampled")
+    assert metrics["train/ratio_mean"] == 1.0
+    assert metrics["train/ess_fraction"] == pytest.approx(4.0**2 / (4 * 5.5))  # (sum)^2 / (n * sum of squares)
+    assert metrics["train/ratio_clipped_fraction"] == 0.25
+    assert metrics["train/reward_clipped_fraction"] == 0.75
+
+
+def test_equal_ratios_have_an_effective_share_of_one_and_no_token_at_all_gives_zero():
+    equal = {"ratio": 1.5, "ratio_squared": 0.75, "ratio_clipped": 0.0, "reward_clipped": 0.0}
+    assert combine([replace(REPORT, stat_sums=equal)], estimate="x")["train/ess_fraction"] == pytest.approx(1.0)
+    nothing = replace(REPORT, stat_sums=dict.fromkeys(equal, 0.0), num_tokens=0)
+    assert combine([nothing], estimate="x")["train/ess_fraction"] == 0.0
+
+
+def test_the_teachers_mass_is_a_mean_over_all_tokens_and_diagnostics_one_over_the_diagnosed():
+    given = replace(
+        REPORT,
+        stat_sums={"support_teacher_mass": 2.25},
+        diagnostic_sums={"student_entropy": 3.0, "support_student_mass": 1.5},
+        num_diagnosed=2,
+    )
+    other = replace(given, stat_sums={"support_teacher_mass": 0.75}, num_tokens=1, num_diagnosed=1)
+    metrics = combine([given, other], estimate="reverse_kl_support")
+    assert metrics["distill/support_teacher_mass"] == 0.75
+    assert metrics["distill/student_entropy"] == 2.0
+    assert metrics["distill/support_student_mass"] == 1.0
+    assert not any("ratio" in name for name in metrics)
+
+
+def test_a_rank_whose_diagnosed_tokens_are_all_masked_does_not_disturb_the_means_of_the_others():
+    seen = replace(REPORT, diagnostic_sums={"student_entropy": 3.0}, num_diagnosed=2)
+    masked = replace(REPORT, diagnostic_sums={"student_entropy": 0.0}, num_diagnosed=0)
+    assert combine([masked, seen], estimate="x")["distill/student_entropy"] == 1.5
+    assert "distill/student_entropy" not in combine([masked], estimate="x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "divergence", "name"),
+    [
+        ("support", "reverse_kl", "reverse_kl_support"),
+        ("support", "jsd", "jsd_support"),
+        ("full", "forward_kl", "forward_kl_full"),
+        ("full", "skewed_reverse_kl", "skewed_reverse_kl_full"),
+        ("sampled", "reverse_kl", "reverse_kl_sampled"),
+        ("sampled", "jsd", "reverse_kl_sampled"),
+    ],
+)
+def test_the_metric_of_the_divergence_says_what_is_estimated_and_how(kind: str, divergence: str, name: str):
+    assert estimate_name(ObjectiveConfig(kind=ObjectiveKind(kind), divergence=DivergenceKind(divergence))) == name

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.objectives.head import HeadLosses, WholeHead, head_losses
 from opd_ray.objectives.objective import ObjectiveOptions
 from opd_ray.objectives.rows import RowLosses, blocks, common_vocabulary, logsumexp, widest_dtype
@@ -25,7 +26,8 @@ def diagnose(
 ) -> dict[str, Tensor]:
     """Return statistics [M] of the first options.diagnostic_tokens tokens, 0 where masked; {} when that is 0.
 
-    `student_entropy` in nats, `sampled_logprob` log p(y_t), and with a support `support_student_mass` sum_S p.
+    `student_entropy` in nats, `sampled_logprob` log p(y_t), and with a support of canonical ids `support_student_mass`,
+    sum_S p with classes of equivalent ids whole.
     Costs one product with the head for these tokens.
     """
     if options.diagnostic_tokens == 0:
@@ -62,6 +64,7 @@ def _statistics(
     support_ids_NK: Tensor | None = None,
 ) -> HeadLosses:
     ids_N = tokens.cleared().ids_N
+    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
 
     def row_loss(rows: slice, logits_NV: Tensor, _: bool) -> RowLosses:
         lse_N = logsumexp(logits_NV)
@@ -72,6 +75,7 @@ def _statistics(
             entropy_N -= (log_p_NV.exp() * log_p_NV).sum(-1)
         stats = {"student_entropy": entropy_N}
         if support_ids_NK is not None:
+            equivalence.merge(logits_NV)
             ids_NK = support_ids_NK[rows]
             in_support_NK = (ids_NK >= 0) & (ids_NK < logits_NV.shape[1])
             log_p_NK = logits_NV.gather(1, ids_NK.masked_fill(~in_support_NK, 0)) - lse_N[:, None]

@@ -5,6 +5,7 @@ Suffixes: N tokens (of a chunk, in row losses), V vocabulary, D hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ def losses(
     rows = _PolicyRows(
         tokens=tokens,
         ids_N=ids_N,
+        equivalence=equivalence,
         teacher=teacher,
         returns=ReturnsFromTheEnd(offsets=tokens.offsets, discount=options.policy.discount),
         policy=options.policy,
@@ -74,7 +76,7 @@ def losses(
         hidden_ND,
         head_VD,
         head=WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=options.chunk_tokens),
-        row_loss=merging(rows, equivalence, ids_N=tokens.ids_N),
+        row_loss=rows,
         tokens=tokens,
         temperature=options.temperature,
     )
@@ -87,11 +89,17 @@ class _PolicyRows:
 
     tokens: Tokens
     ids_N: Tensor  # canonical
+    equivalence: Equivalence
     teacher: TeacherLogprobs
     returns: ReturnsFromTheEnd
     policy: PolicyOptions
 
     def __call__(self, rows: slice, logits_NV: Tensor, wanted: bool) -> RowLosses:
+        own_N = logits_NV.gather(1, self.tokens.ids_N[rows][:, None]).squeeze(1)
+        return merging(partial(self._merged, own_N), self.equivalence, ids_N=self.tokens.ids_N)(rows, logits_NV, wanted)
+
+    def _merged(self, own_N: Tensor, rows: slice, logits_NV: Tensor, wanted: bool) -> RowLosses:
+        """Return the losses on logits with classes merged; own_N are those of the sampled ids themselves."""
         dtype, ids_N1 = logits_NV.dtype, self.ids_N[rows][:, None]
         if self.policy.top_p < 1:
             _cut_to_nucleus(logits_NV, ids_N1=ids_N1, top_p=self.policy.top_p)
@@ -103,7 +111,8 @@ class _PolicyRows:
         return_N = self.returns.of(cost_N.clamp(-clip, clip), rows)
         loss_N, slope_N, stats = _policy_loss(
             return_N - baseline_N - self.tokens.advantages_N[rows].to(dtype),
-            log_ratio_N=logprobs_N - self.tokens.sampler_logprobs_N[rows].to(dtype),
+            # Of the id and not of its class: the sampler's log-prob is of the id as well.
+            log_ratio_N=own_N - lse_N - self.tokens.sampler_logprobs_N[rows].to(dtype),
             policy=self.policy,
         )
         if wanted:  # slope * (onehot(y) - p)

@@ -105,8 +105,10 @@ class _WithTail:
         ids_NK = self._ids_that_exist(rows)
         ids_N1 = self.ids_N[rows][:, None]
         sampled_N = logits_NV.gather(1, ids_N1).squeeze(1)
-        chosen_NK = logits_NV.gather(1, ids_NK).masked_fill(~present_NK, ABSENT)
-        logits_NV.scatter_(1, ids_NK, ABSENT)
+        named_NK = logits_NV.gather(1, ids_NK)
+        chosen_NK = named_NK.masked_fill(~present_NK, ABSENT)
+        # A row without any id of S is all tail: it puts back what it reads.
+        logits_NV.scatter_(1, ids_NK, named_NK.masked_fill(present_NK.any(-1, keepdim=True), ABSENT))
         lse_tail_N = logsumexp(logits_NV)
         lse_N = torch.logaddexp(chosen_NK.logsumexp(-1), lse_tail_N)
         log_p_NK, logprobs_N = chosen_NK - lse_N[:, None], sampled_N - lse_N

@@ -166,7 +166,6 @@ def test_models_that_differ_in_their_choice_of_equivalent_ids_alone_agree() -> N
     assert plain.loss_N.max() > 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="p of the class over p_sampler of the id")
 @pytest.mark.parametrize("ratio", ["truncated", "ppo"])
 def test_on_policy_the_ratio_is_one_also_in_a_class(ratio: str) -> None:
     """The sampler's log-prob is that of the id, not of its class."""
@@ -178,7 +177,6 @@ def test_on_policy_the_ratio_is_one_also_in_a_class(ratio: str) -> None:
     assert stats["ratio_clipped"].sum() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the mass of the class's first id alone")
 def test_the_diagnosed_mass_of_a_support_includes_whole_classes() -> None:
     problem = class_problem()
     columns_NK = random_columns(5)

@@ -201,7 +201,6 @@ def test_an_equal_teacher_has_no_expected_gradient_under_the_corrected_tail() ->
     assert gradient_of(losses.loss, problem).norm() < 1e-14
 
 
-@pytest.mark.xfail(strict=True, reason="id 0 is left out of the normaliser")
 @pytest.mark.parametrize("tail", ["bucket", "sampled_corrected", "none"])
 def test_a_row_without_any_id_in_its_support_is_all_tail(tail: Tail) -> None:
     """As where the only id that the teacher names is one that is removed from supports."""

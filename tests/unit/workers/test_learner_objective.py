@@ -39,7 +39,6 @@ from opd_ray.requests import objective_ids
 from workers.learner.objective import ObjectiveSetup, TokenPlan, TokenPlanner, objective_options
 
 EOS, PAD, UNNAMED = 12, 13, 14  # the id of a digit is the digit; the last is a padding row of the head, no token
-PLUS = 10
 NO_LOGPROBS = np.empty(0, dtype=np.float32)
 
 

@@ -252,7 +252,8 @@ def test_the_mass_of_a_class_is_summed_before_the_likeliest_tokens_are_chosen():
     assert ids_NK.tolist() == [[3, 0]]
     torch.testing.assert_close(logprobs_NK.exp(), torch.tensor([[0.4, 0.35]]))
     torch.testing.assert_close(sampled_N.exp(), torch.tensor([0.4]))
-    torch.testing.assert_close(head.sampled(states, torch.tensor([3])).exp(), torch.tensor([0.4]))
+    both_N = head.sampled(states.expand(2, 1), torch.tensor([2, 3]))
+    torch.testing.assert_close(both_N.exp(), torch.tensor([0.4, 0.4]))
     union_NK, _, _ = head.support(
         states,
         ids_N=torch.tensor([2]),

@@ -81,19 +81,20 @@ def read_curve(folder: Path, *, objective: str, seed: int) -> Curve:
 
 
 def table(curves: Sequence[Curve]) -> Table:
-    """Return mean accuracy and held-out KL over the seeds, by objective and step."""
-    steps = curves[0].steps
+    """Return accuracy and held-out KL by step, mean over the seeds, and each seed's accuracy at the end."""
+    groups = by_objective(curves)
     shown = Table(title="Accuracy (greedy) and held-out reverse KL in nats a token, mean over seeds", box=SIMPLE)
-    shown.add_column("objective", no_wrap=True)
-    for step in steps:
-        shown.add_column(f"step {step}", justify="right", no_wrap=True)
-    shown.add_column("last, each seed", no_wrap=True)
-    for objective, group in by_objective(curves).items():
-        cells = [
-            f"{mean(c.accuracy[i] for c in group):.1%} {mean(c.reverse_kl[i] for c in group):.3f}"
-            for i in range(len(steps))
+    shown.add_column("step", justify="right")
+    for objective in groups:
+        shown.add_column(objective, justify="right")
+    for i, step in enumerate(curves[0].steps):
+        means = [
+            (mean(c.accuracy[i] for c in group), mean(c.reverse_kl[i] for c in group)) for group in groups.values()
         ]
-        shown.add_row(objective, *cells, " ".join(f"{c.accuracy[-1]:.1%}" for c in group))
+        shown.add_row(str(step), *(f"{accuracy:.1%} {kl:.3f}" for accuracy, kl in means))
+    for i, seed in enumerate(sorted({curve.seed for curve in curves})):
+        ends = [f"{group[i].accuracy[-1]:.1%} {group[i].reverse_kl[-1]:.3f}" for group in groups.values()]
+        shown.add_row(f"end, seed {seed}", *ends)
     return shown
 
 

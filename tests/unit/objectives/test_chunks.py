@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_ray.objectives import OBJECTIVES, Losses, ObjectiveOptions, PolicyOptions, Tokens
+from opd_ray.objectives.head import GatheredHead
+from opd_ray.objectives.rows import blocks
 
 CHUNKS = [1, 2, 3, 7, 1000]
 MASKED = (0, 2, 6, 10)
@@ -112,7 +114,7 @@ def test_each_gradient_has_the_dtype_of_its_tensor(name: str, options: dict) -> 
 
 
 class Memory(TorchDispatchMode):
-    """Notes the largest tensor that any operation gives, and the most numbers alive at once in such tensors."""
+    """Notes the largest tensor that any operation gives, and the most numbers alive at once, of 1000 and up."""
 
     largest = peak = 0
 
@@ -124,19 +126,19 @@ class Memory(TorchDispatchMode):
         del types
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.numel() >= 1000:
                 self.largest = max(self.largest, tensor.numel())
                 self._alive[id(tensor)] = tensor
-        storages = [tensor.untyped_storage() for tensor in list(self._alive.values())]
-        self.peak = max(self.peak, sum({s.data_ptr(): s.nbytes() for s in storages}.values()) // 4)
+                storages = [alive.untyped_storage() for alive in list(self._alive.values())]
+                self.peak = max(self.peak, sum({s.data_ptr(): s.nbytes() for s in storages}.values()) // 4)
         return result
 
 
-def long_problem(*, num_tokens: int, vocab_size: int, dim: int) -> Problem:
+def long_problem(*, num_tokens: int, vocab_size: int, dim: int, dtype: torch.dtype = torch.float32) -> Problem:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=dtype)
 
     return Problem(
         hidden_ND=random(num_tokens, dim).requires_grad_(),
@@ -157,7 +159,7 @@ def long_problem(*, num_tokens: int, vocab_size: int, dim: int) -> Problem:
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS.values(), ids=VARIANTS)
 def test_neither_pass_holds_logits_of_more_than_a_chunk(name: str, options: dict) -> None:
-    num_tokens, vocab_size, dim, chunk_tokens = 512, 800, 8, 16
+    num_tokens, vocab_size, dim, chunk_tokens = 384, 800, 8, 16
     problem = long_problem(num_tokens=num_tokens, vocab_size=vocab_size, dim=dim)
     chunk = chunk_tokens * vocab_size
     options = {"diagnostic_tokens": 4 * chunk_tokens, **options, "chunk_tokens": chunk_tokens}
@@ -184,3 +186,39 @@ def test_gathered_rows_of_the_head_are_held_for_a_few_tokens_at_a_time() -> None
     assert memory.largest <= 512 * 16
     whole = losses_of("support", problem, signal=signal, chunk_tokens=512).loss
     torch.testing.assert_close(chunked, whole)
+
+
+def test_without_a_wish_for_gradients_none_is_formed() -> None:
+    problem = long_problem(num_tokens=16, vocab_size=800, dim=8)
+    with torch.no_grad():
+        signal = problem.signal("support", top_k=2)
+        with Memory() as memory:
+            losses_of("support", problem, signal=signal)
+    assert memory.peak < 2 * 800 * 8  # the head itself is seen once
+
+
+@pytest.mark.parametrize("num_ids", [2, 64, 10**6])
+def test_gathered_rows_of_the_head_are_bounded_whatever_the_size_of_a_chunk(num_ids: int) -> None:
+    head_VD, ids_NK = torch.empty(9, 4096, device="meta"), torch.empty(10**5, num_ids, device="meta", dtype=torch.int64)
+    for chunk_tokens in (1, 192, 10**5):
+        head = GatheredHead(head_VD, ids_NK=ids_NK, dtype=torch.float32, chunk_tokens=chunk_tokens)
+        assert 1 <= head.chunk_tokens <= chunk_tokens
+        assert head.chunk_tokens == 1 or head.chunk_tokens * num_ids * 4096 <= 2**24
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS.values(), ids=VARIANTS)
+def test_a_vocabulary_in_several_blocks_gives_what_one_block_gives(name: str, options: dict) -> None:
+    """The wider a chunk, the fewer columns are worked on at a time: 256 here, of 600."""
+    problem = long_problem(num_tokens=1030, vocab_size=600, dim=4, dtype=torch.float64)
+    assert len(list(blocks(torch.empty(1030, 600)))) == 3
+    assert len(list(blocks(torch.empty(103, 600)))) == 1
+    with torch.no_grad():
+        signal = problem.signal(OBJECTIVES[name].payload(ObjectiveOptions(**options)))
+    several, one = (
+        everything(
+            losses_of(name, problem, signal=signal, **options, chunk_tokens=chunk_tokens, diagnostic_tokens=1030),
+            problem,
+        )
+        for chunk_tokens in (1030, 103)
+    )
+    assert_close(several, one, 1e-11)

@@ -20,7 +20,7 @@ from objective_oracles import (
 )
 from torch import Tensor
 
-from opd_ray.objectives import HiddenSignal, PolicyOptions, SampledSignal, SupportSignal, Tail
+from opd_ray.objectives import HiddenSignal, PolicyOptions, SampledSignal, SupportSignal, Tail, Tokens
 from opd_ray.objectives.equivalence import Equivalence
 
 VOCAB = 12
@@ -166,15 +166,44 @@ def test_models_that_differ_in_their_choice_of_equivalent_ids_alone_agree() -> N
     assert plain.loss_N.max() > 0.01
 
 
-@pytest.mark.parametrize("ratio", ["truncated", "ppo"])
-def test_on_policy_the_ratio_is_one_also_in_a_class(ratio: str) -> None:
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("ratio", ["none", "truncated", "ppo"])
+def test_on_policy_the_ratio_is_one_also_in_a_class(ratio: str, top_p: float) -> None:
     """The sampler's log-prob is that of the id, not of its class."""
-    problem = class_problem()
-    raw_N = problem.sampled(problem.log_p().detach())
-    problem = replace(problem, tokens=replace(problem.tokens, sampler_logprobs_N=raw_N))
-    stats = losses_of("sampled", problem, policy=PolicyOptions(ratio=ratio), equivalent_ids=CLASSES).stats
+    problem, options = class_problem(), {"policy": PolicyOptions(ratio=ratio, top_p=top_p), "equivalent_ids": CLASSES}
+    fresh_N = losses_of("sampled", problem, **options).sampled_logprobs_N
+    assert top_p < 1 or torch.allclose(fresh_N, problem.sampled(problem.log_p().detach()) * problem.tokens.mask_N)
+    problem = replace(problem, tokens=replace(problem.tokens, sampler_logprobs_N=fresh_N))
+    stats = losses_of("sampled", problem, **options).stats
     torch.testing.assert_close(stats["ratio"], problem.tokens.mask_N.double(), rtol=0, atol=1e-12)
     assert stats["ratio_clipped"].sum() == 0
+
+
+def test_over_a_stale_sampler_the_expected_gradient_is_that_of_the_kl_of_classes() -> None:
+    """Every id that could follow one prefix, weighted by its probability under the sampler."""
+    problem, row = random_problem(), 3
+    log_old_V = random_problem(seed=1).log_p().detach()[row]
+    tokens = Tokens(
+        ids_N=torch.arange(VOCAB),
+        offsets=torch.arange(VOCAB + 1),
+        mask_N=torch.ones(VOCAB, dtype=torch.bool),
+        weights_N=log_old_V.exp(),
+        sampler_logprobs_N=log_old_V,
+        advantages_N=torch.zeros(VOCAB),
+    )
+    every = replace(
+        problem,
+        hidden_ND=problem.hidden_ND[row].expand(VOCAB, -1),
+        teacher_hidden_ND=problem.teacher_hidden_ND[row].expand(VOCAB, -1),
+        tokens=tokens,
+    )
+    signal = SampledSignal(logprobs_N=at_outcome(every, merged(every.log_q())))
+    policy = PolicyOptions(ratio="truncated", ratio_cap=1e6)
+    loss = losses_of("sampled", every, signal=signal, policy=policy, equivalent_ids=CLASSES).loss
+    kl = kl_terms(merged(problem.log_p()).exp(), merged(problem.log_q()).exp()).sum(-1)[row]
+    torch.testing.assert_close(loss, kl, rtol=0, atol=1e-12)
+    for actual, expected in zip(gradients(loss, problem), gradients(kl, problem), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 def test_the_diagnosed_mass_of_a_support_includes_whole_classes() -> None:

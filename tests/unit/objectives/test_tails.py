@@ -201,15 +201,36 @@ def test_an_equal_teacher_has_no_expected_gradient_under_the_corrected_tail() ->
     assert gradient_of(losses.loss, problem).norm() < 1e-14
 
 
-@pytest.mark.parametrize("tail", ["bucket", "sampled_corrected", "none"])
-def test_a_row_without_any_id_in_its_support_is_all_tail(tail: Tail) -> None:
-    """As where the only id that the teacher names is one that is removed from supports."""
+def without_support_in_some_rows() -> tuple[Problem, SupportSignal]:
+    """As where the only id that the teacher names is one that is removed from supports; y is 0 in one row."""
     problem = random_problem()
     signal = problem.signal("support")
-    ids_NK = signal.ids_NK.clone()
-    ids_NK[4] = -1
-    losses = losses_of("support", problem, signal=replace(signal, ids_NK=ids_NK), tail=tail)
-    log_p_N = problem.sampled(problem.log_p().detach())
-    torch.testing.assert_close(losses.sampled_logprobs_N, log_p_N)
-    seen = log_p_N[4] - signal.sampled_logprobs_N[4] if tail == "sampled_corrected" else torch.zeros(()).double()
-    torch.testing.assert_close(losses.loss_N[4], seen)
+    ids_N, ids_NK = problem.tokens.ids_N.clone(), signal.ids_NK.clone()
+    ids_N[4], ids_N[7], ids_NK[[4, 7]] = 0, 5, -1
+    return replace(problem, tokens=replace(problem.tokens, ids_N=ids_N)), replace(signal, ids_NK=ids_NK)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "sampled_corrected", "sampled_uncorrected", "none"])
+def test_a_row_without_any_id_in_its_support_is_all_tail(tail: Tail) -> None:
+    problem, signal = without_support_in_some_rows()
+    losses = losses_of("support", problem, signal=signal, tail=tail)
+    log_p_N = problem.sampled(problem.log_p())
+    torch.testing.assert_close(losses.sampled_logprobs_N, log_p_N.detach())
+    log_ratio_N = log_p_N.detach() - signal.sampled_logprobs_N
+    cost_N = {
+        "sampled_corrected": log_ratio_N + log_p_N - log_p_N.detach() + log_ratio_N * (log_p_N - log_p_N.detach()),
+        "sampled_uncorrected": log_ratio_N * (1 + log_p_N - log_p_N.detach()),
+    }.get(tail, 0 * log_p_N)
+    torch.testing.assert_close(losses.loss_N[[4, 7]], cost_N[[4, 7]].detach())
+    (hidden_gradient,) = torch.autograd.grad(losses.loss, problem.hidden_ND)
+    (expected,) = torch.autograd.grad((problem.tokens.weights_N * cost_N).sum(), problem.hidden_ND)
+    torch.testing.assert_close(hidden_gradient[[4, 7]], expected[[4, 7]], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_renormalised_a_row_without_any_id_in_its_support_has_no_loss_and_no_gradient(case: Case) -> None:
+    problem, signal = without_support_in_some_rows()
+    losses = losses_of("support", problem, signal=signal, divergence=case.divergence)
+    assert losses.loss_N[[4, 7]].abs().max() < 1e-15
+    hidden_gradient, _ = torch.autograd.grad(losses.loss, problem.leaves())
+    assert hidden_gradient[[4, 7]].abs().max() == 0

@@ -30,14 +30,15 @@ def test_a_curve_holds_the_evaluated_steps_of_a_run(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_means_over_seeds_and_each_seeds_end() -> None:
-    curves = [curve("full", 0, last=0.8), curve("full", 1, last=0.9), curve("sampled", 0, last=0.4)]
+    ends = {("sampled", 0): 0.4, ("sampled", 1): 0.6, ("full", 0): 0.8, ("full", 1): 0.9}
+    curves = [curve(objective, seed, last=last) for (objective, seed), last in ends.items()]
     assert list(by_objective(curves)) == ["sampled", "full"]
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(curves))
-    (row,) = (line for line in console.export_text().splitlines() if "full" in line)
-    assert "25.0% 1.500" in row
-    assert "85.0% 0.150" in row
-    assert "80.0% 90.0%" in row
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert ["0", "25.0%", "1.500", "25.0%", "1.500"] in rows
+    assert ["5", "50.0%", "0.500", "85.0%", "0.150"] in rows
+    assert ["end,", "seed", "1", "60.0%", "0.400", "90.0%", "0.100"] in rows
 
 
 def test_the_figure_is_a_file(tmp_path: Path) -> None:

@@ -178,6 +178,15 @@ def test_the_top_p_mass_keeps_the_fewest_of_the_likeliest_tokens_that_hold_it_an
     assert kept[1.0] == 4
 
 
+def test_a_token_is_left_out_where_the_likelier_ones_hold_exactly_the_mass_and_none_where_all_of_it_is_asked_for():
+    even, sure = make_head(torch.zeros(2, 1)), make_head(torch.tensor([[0.0], [-30.0], [-40.0]]))
+    given = {"ids_N": torch.tensor([0]), "student_ids_NK": torch.empty(1, 0, dtype=torch.int64)}
+    ids_NK, _, _ = even.support(torch.ones(1, 1), request=a_request(top_k=2, top_p=0.5), **given)
+    assert int((ids_NK >= 0).sum()) == 1
+    ids_NK, _, _ = sure.support(torch.ones(1, 1), request=a_request(top_k=3), **given)
+    assert ids_NK.tolist() == [[0, 1, 2]]
+
+
 def test_an_id_that_a_column_further_left_has_is_given_once():
     head = make_head(torch.tensor([[3.0], [2.0], [1.0], [0.0]]))
     ids_NK, _, _ = head.support(

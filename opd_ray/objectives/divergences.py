@@ -19,13 +19,14 @@ ABSENT = -1e30  # finite, so that the difference of two absent log-probs is 0 an
 class Divergence:
     """A divergence sum_v phi(p_v, q_v), and the derivative of its terms.
 
-    `terms(log_p, log_q)` returns (phi, slope), elementwise, with  d phi / d log p = slope + constant * p. Over a
+    `terms_(log_p, log_q)` returns phi, elementwise, and overwrites its arguments: log_p with p, log_q with a slope such
+    that  d phi / d log p = slope + constant * p. The rows are as wide as the vocabulary, so memory is reused. Over a
     normalised p the constant cancels in the gradient with respect to the logits, which is slope - p * sum(slope):
     dropping it there keeps p == q at exactly 0. Where p is not normalised (the raw head of a support) or only one
     outcome is seen (a sampled tail), it must be put back.
     """
 
-    terms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    terms_: Callable[[Tensor, Tensor], Tensor]
     constant: float
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,26 +37,33 @@ class Divergence:
         phi_NV, slope_NV = self.terms(log_p_NV, log_q_NV)
         return phi_NV.sum(-1), slope_NV - log_p_NV.exp() * slope_NV.sum(-1, keepdim=True)
 
+    def terms(self, log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return phi and the slope, and leave the arguments as they are."""
+        p_NV, slope_NV = log_p_NV.clone(), log_q_NV.clone()
+        return self.terms_(p_NV, slope_NV), slope_NV
+
 
 def reverse_kl() -> Divergence:
     """KL(p || q): phi = p (log p - log q); the gradient in the logits is p (log p - log q - KL). Mode-seeking."""
 
-    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
-        phi_NV = log_p_NV.exp() * (log_p_NV - log_q_NV)
-        return phi_NV, phi_NV
+    def terms_(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        torch.sub(log_p_NV, log_q_NV, out=log_q_NV)
+        return log_q_NV.mul_(log_p_NV.exp_())
 
-    return Divergence(terms=terms, constant=1.0)
+    return Divergence(terms_=terms_, constant=1.0)
 
 
 def forward_kl() -> Divergence:
     """KL(q || p): phi = q (log q - log p); the gradient in the logits is p - q. Mode-covering, hardly hurt by stale
     data."""
 
-    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def terms_(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         q_NV = log_q_NV.exp()
-        return q_NV * (log_q_NV - log_p_NV), log_p_NV.exp() - q_NV
+        phi_NV = (log_q_NV - log_p_NV).mul_(q_NV)
+        torch.sub(log_p_NV.exp_(), q_NV, out=log_q_NV)
+        return phi_NV
 
-    return Divergence(terms=terms, constant=-1.0)
+    return Divergence(terms_=terms_, constant=-1.0)
 
 
 def generalised_jsd(beta: float) -> Divergence:
@@ -68,12 +76,14 @@ def generalised_jsd(beta: float) -> Divergence:
         return reverse_kl() if beta == 1 else forward_kl()
     log_beta, log_rest = math.log(beta), math.log1p(-beta)
 
-    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def terms_(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         log_m_NV = torch.logaddexp(log_p_NV + log_rest, log_q_NV + log_beta)
-        student_NV = (1 - beta) * log_p_NV.exp() * (log_p_NV - log_m_NV)
-        return student_NV + beta * log_q_NV.exp() * (log_q_NV - log_m_NV), student_NV
+        teacher_NV = (log_q_NV - log_m_NV).mul_(log_q_NV.exp()).mul_(beta)
+        torch.sub(log_p_NV, log_m_NV, out=log_q_NV)
+        log_q_NV.mul_(log_p_NV.exp_()).mul_(1 - beta)
+        return teacher_NV.add_(log_q_NV)
 
-    return Divergence(terms=terms, constant=0.0)
+    return Divergence(terms_=terms_, constant=0.0)
 
 
 def skewed_reverse_kl(alpha: float) -> Divergence:
@@ -85,24 +95,28 @@ def skewed_reverse_kl(alpha: float) -> Divergence:
         return reverse_kl()
     log_alpha, log_rest = math.log(alpha), math.log1p(-alpha)
 
-    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def terms_(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         log_s_NV = torch.logaddexp(log_q_NV + log_rest, log_p_NV + log_alpha)
-        log_ratio_NV, p_NV = log_p_NV - log_s_NV, log_p_NV.exp()
-        return p_NV * log_ratio_NV, p_NV * (log_ratio_NV + alpha * (1 - log_ratio_NV.exp()))
+        log_ratio_NV, p_NV = log_p_NV - log_s_NV, log_p_NV.exp_()
+        log_q_NV.copy_(p_NV * (log_ratio_NV + alpha * (1 - log_ratio_NV.exp())))
+        return log_ratio_NV.mul_(p_NV)
 
-    return Divergence(terms=terms, constant=1.0 - alpha)
+    return Divergence(terms_=terms_, constant=1.0 - alpha)
 
 
 def mixed_kl(forward_weight: float) -> Divergence:
     """forward_weight * KL(q || p) + (1 - forward_weight) * KL(p || q)."""
     forward, reverse = forward_kl(), reverse_kl()
 
-    def terms(log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = zip(forward.terms(log_p_NV, log_q_NV), reverse.terms(log_p_NV, log_q_NV), strict=True)
-        phi_NV, slope_NV = (forward_weight * f + (1 - forward_weight) * r for f, r in pairs)
-        return phi_NV, slope_NV
+    def terms_(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        forward_phi_NV, forward_slope_NV = forward.terms(log_p_NV, log_q_NV)
+        reverse.terms_(log_p_NV, log_q_NV)  # phi and slope of the reverse KL are the same
+        reverse_NV = log_q_NV.mul_(1 - forward_weight)
+        phi_NV = forward_phi_NV.mul_(forward_weight).add_(reverse_NV)
+        reverse_NV.add_(forward_slope_NV, alpha=forward_weight)
+        return phi_NV
 
     return Divergence(
-        terms=terms,
+        terms_=terms_,
         constant=forward_weight * forward.constant + (1 - forward_weight) * reverse.constant,
     )

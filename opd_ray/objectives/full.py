@@ -44,7 +44,8 @@ def losses(
             loss_N=loss_N, slope_NV=logits_NV if wanted else None, divergence_N=loss_N, logprobs_N=sampled_N - lse_N
         )
 
-    head = WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=options.chunk_tokens)
+    chunk_tokens = max(1, options.chunk_tokens // 2)
+    head = WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=chunk_tokens)
     result = head_losses(
         hidden_ND,
         head_VD,
@@ -66,13 +67,10 @@ def divergence_of_logits(
     lse_N, teacher_lse_N = logsumexp(logits_NV), logsumexp(teacher_NV)
     total_N, slopes_N = torch.zeros_like(lse_N), torch.zeros_like(lse_N)
     for log_p_NV, log_q_NV in blocks(logits_NV, teacher_NV):
-        log_p_NV.sub_(lse_N[:, None])
-        phi_NV, slope_NV = divergence.terms(log_p_NV, log_q_NV.sub_(teacher_lse_N[:, None]))
-        total_N += phi_NV.sum(-1)
-        if wanted:
-            slopes_N += slope_NV.sum(-1)
-            log_q_NV.copy_(slope_NV)
-            log_p_NV.exp_()
+        phi_NV = divergence.terms_(log_p_NV.sub_(lse_N[:, None]), log_q_NV.sub_(teacher_lse_N[:, None]))
+        part_N = phi_NV.sum(-1)
+        total_N += part_N
+        slopes_N += part_N if phi_NV is log_q_NV else log_q_NV.sum(-1)
     if wanted:
         for p_NV, slope_NV in blocks(logits_NV, teacher_NV):
             torch.addcmul(slope_NV, p_NV, slopes_N[:, None], value=-1, out=p_NV)

@@ -46,18 +46,20 @@ class WholeHead:
         self._mixed = head_VD.is_cuda and head_VD.dtype in (torch.bfloat16, torch.float16)
         self._head_VD = head_VD.detach()[:vocab_size].to(head_VD.dtype if self._mixed else dtype)
         self._dtype = dtype
-        self._logits: Tensor | None = None
+        self._buffer: Tensor | None = None
         self.gradient_VD: Tensor | None = None
 
     def logits(self, rows: slice, hidden_ND: Tensor) -> Tensor:  # noqa: ARG002 - the whole head serves all rows
         """Return logits [N,V] in the compute dtype."""
         if self._mixed:  # tensor cores multiply 16-bit numbers and add in float32
             return torch.mm(hidden_ND.to(self._head_VD.dtype), self._head_VD.T, out_dtype=self._dtype)
-        if self._logits is None:  # one buffer for all chunks: fresh memory costs as much as the arithmetic on it
-            self._logits = hidden_ND.new_empty(len(hidden_ND), self._vocab_size)
-        if len(hidden_ND) > len(self._logits):
-            self._logits = hidden_ND.new_empty(len(hidden_ND), self._vocab_size)
-        return torch.mm(hidden_ND, self._head_VD.T, out=self._logits[: len(hidden_ND)])
+        # One buffer for all chunks: fresh memory costs as much as the arithmetic on it. It holds the transpose,
+        # [V,N]: a CPU's product then need not repack the head for every chunk, a fifth of its time at 200 tokens.
+        num_numbers = len(hidden_ND) * self._vocab_size
+        if self._buffer is None or num_numbers > len(self._buffer):
+            self._buffer = hidden_ND.new_empty(num_numbers)
+        logits_VN = self._buffer[:num_numbers].view(self._vocab_size, len(hidden_ND))
+        return torch.mm(self._head_VD, hidden_ND.T, out=logits_VN).T
 
     def backward(self, slope_NV: Tensor, hidden_ND: Tensor, weights_N: Tensor) -> Tensor:
         """Add slope.T @ (weights * states) to the head's gradient; return weights * (slope @ head)."""

@@ -69,6 +69,22 @@ def logsumexp(logits_NV: Tensor) -> Tensor:
     return total_N
 
 
+def exponentiate_(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite logits with exp(logits - their largest in the row); return that largest and the new row sums, [N]."""
+    largest_N, total_N = (logits_NV.new_full((len(logits_NV),), value) for value in (-torch.inf, 0.0))
+    for (block_NV,) in blocks(logits_NV):
+        largest_N = torch.maximum(largest_N, block_NV.amax(-1))
+    for (block_NV,) in blocks(logits_NV):
+        total_N += block_NV.sub_(largest_N[:, None]).exp_().sum(-1)
+    return largest_N, total_N
+
+
+def scale_(rows_NV: Tensor, scale_N: Tensor) -> None:
+    """Multiply each row by its scale."""
+    for (block_NV,) in blocks(rows_NV):
+        block_NV.mul_(scale_N[:, None])
+
+
 def without_masked(part: RowLosses, masked_N: Tensor) -> RowLosses:
     """Return the results without slopes, 0 where masked."""
     return RowLosses(

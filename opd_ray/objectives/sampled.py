@@ -17,7 +17,7 @@ from opd_ray.objectives.full import divergence_of_logits
 from opd_ray.objectives.head import WholeHead, head_losses, teacher_rows
 from opd_ray.objectives.objective import Losses, ObjectiveOptions, PolicyOptions
 from opd_ray.objectives.returns import ReturnsFromTheEnd
-from opd_ray.objectives.rows import RowLosses, blocks, common_vocabulary, logsumexp, widest_dtype
+from opd_ray.objectives.rows import RowLosses, common_vocabulary, exponentiate_, logsumexp, scale_, widest_dtype
 from opd_ray.objectives.signals import HiddenSignal, SampledSignal, Tokens, check_num_tokens
 
 TeacherLogprobs = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -56,9 +56,10 @@ def losses(
     tokens = tokens.cleared()
     dtype = widest_dtype(hidden_ND, head_VD)
     equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
-    ids_N = equivalence.canonical(tokens.ids_N)
+    ids_N, chunk_tokens = equivalence.canonical(tokens.ids_N), options.chunk_tokens
     if isinstance(signal, HiddenSignal):
         vocab_size = common_vocabulary(options.vocab_size, head_VD, signal.head_VD)
+        chunk_tokens = max(1, chunk_tokens // 2)
         logits_of = teacher_rows(signal, tokens=tokens, vocab_size=vocab_size, options=options, dtype=dtype)
         teacher = _from_logits(logits_of, ids_N=ids_N, equivalence=equivalence)
     else:
@@ -75,7 +76,7 @@ def losses(
     result = head_losses(
         hidden_ND,
         head_VD,
-        head=WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=options.chunk_tokens),
+        head=WholeHead(head_VD, vocab_size=vocab_size, dtype=dtype, chunk_tokens=chunk_tokens),
         row_loss=rows,
         tokens=tokens,
         temperature=options.temperature,
@@ -104,8 +105,10 @@ class _PolicyRows:
         if self.policy.top_p < 1:
             _cut_to_nucleus(logits_NV, ids_N1=ids_N1, top_p=self.policy.top_p)
         teacher_N, baseline_N = self.teacher(rows, logits_NV)
-        lse_N = logsumexp(logits_NV)
-        logprobs_N = logits_NV.gather(1, ids_N1).squeeze(1) - lse_N
+        sampled_N = logits_NV.gather(1, ids_N1).squeeze(1)
+        largest_N, total_N = exponentiate_(logits_NV)
+        lse_N = largest_N + total_N.log()
+        logprobs_N = sampled_N - lse_N
         cost_N = (logprobs_N - teacher_N).masked_fill(~self.tokens.mask_N[rows], 0)
         clip = torch.inf if self.policy.reward_clip is None else self.policy.reward_clip
         return_N = self.returns.of(cost_N.clamp(-clip, clip), rows)
@@ -116,8 +119,7 @@ class _PolicyRows:
             policy=self.policy,
         )
         if wanted:  # slope * (onehot(y) - p)
-            for (block_NV,) in blocks(logits_NV):
-                block_NV.sub_(lse_N[:, None]).exp_().mul_(-slope_N[:, None])
+            scale_(logits_NV, -slope_N / total_N)
             logits_NV.scatter_add_(1, ids_N1, slope_N[:, None])
         return RowLosses(
             loss_N=loss_N,

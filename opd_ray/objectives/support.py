@@ -13,7 +13,7 @@ from opd_ray.objectives.divergences import ABSENT, Divergence
 from opd_ray.objectives.equivalence import Equivalence, gathering, merging
 from opd_ray.objectives.head import GatheredHead, WholeHead, head_losses
 from opd_ray.objectives.objective import Losses, ObjectiveOptions, Tail
-from opd_ray.objectives.rows import RowLosses, blocks, common_vocabulary, logsumexp, widest_dtype
+from opd_ray.objectives.rows import RowLosses, common_vocabulary, exponentiate_, scale_, widest_dtype
 from opd_ray.objectives.signals import SupportSignal, Tokens, check_num_tokens
 
 
@@ -109,20 +109,21 @@ class _WithTail:
         chosen_NK = named_NK.masked_fill(~present_NK, ABSENT)
         # A row without any id of S is all tail: it puts back what it reads.
         logits_NV.scatter_(1, ids_NK, named_NK.masked_fill(present_NK.any(-1, keepdim=True), ABSENT))
-        lse_tail_N = logsumexp(logits_NV)
+        largest_N, total_N = exponentiate_(logits_NV)  # of the tail
+        lse_tail_N = largest_N + total_N.log()
         lse_N = torch.logaddexp(chosen_NK.logsumexp(-1), lse_tail_N)
         log_p_NK, logprobs_N = chosen_NK - lse_N[:, None], sampled_N - lse_N
         if self.tail == "bucket":
             loss_N, slope_NK, tail_slope_N = self._bucket(log_p_NK, log_q_NK, log_p_tail_N=lse_tail_N - lse_N)
-            scale_N, shift_N = tail_slope_N, lse_tail_N
+            tail_scale_N = tail_slope_N / total_N
         else:
             outside_N = ~((ids_NK == ids_N1) & present_NK).any(-1)
             loss_N, slope_NK, sampled_slope_N = self._seen(log_p_NK, log_q_NK, rows, logprobs_N, outside_N)
-            scale_N, shift_N = -(slope_NK.sum(-1) + sampled_slope_N), lse_N
-            slope_NK = slope_NK + log_p_NK.exp() * scale_N[:, None]
+            share_N = -(slope_NK.sum(-1) + sampled_slope_N)
+            slope_NK = slope_NK + log_p_NK.exp() * share_N[:, None]
+            tail_scale_N = share_N * (largest_N - lse_N).exp()
         if wanted:
-            for (block_NV,) in blocks(logits_NV):  # ids of S are absent here: exp gives 0
-                block_NV.sub_(shift_N[:, None]).exp_().mul_(scale_N[:, None])
+            scale_(logits_NV, tail_scale_N)  # ids of S are absent here: 0
             logits_NV.scatter_add_(1, ids_NK, slope_NK.masked_fill(~present_NK, 0))
             if self.tail != "bucket":
                 logits_NV.scatter_add_(1, ids_N1, sampled_slope_N[:, None])

@@ -93,8 +93,8 @@ def _ratio(name: str, value: float, *, limit: float | None) -> Figure:
 
 
 def _differences(name: str, ours: Path, theirs: Path) -> Iterator[Figure]:
-    """Yield the largest difference of the loss and of each gradient, relative to the largest entry of theirs."""
+    """Yield the difference of the loss and of each gradient, relative to theirs, in the Euclidean norm."""
     results, references = torch.load(ours), torch.load(theirs)
     for key, reference in references.items():
-        difference = ((results[key] - reference).abs().max() / reference.abs().max()).item()
+        difference = ((results[key] - reference).norm() / reference.norm()).item()
         yield at_most(_MAX_DIFFERENCE, part=_PART, name=f"{name}_{key}_difference", value=difference, unit="relative")

@@ -3,9 +3,12 @@
 What each choice computes is said in `opd_ray.objectives`; rules over several fields stand in `validate.py`.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+_LEAST_FRACTION = 1e-6
 
 
 class ObjectiveKind(StrEnum):
@@ -110,9 +113,10 @@ class WeightConfig:
     def __post_init__(self) -> None:
         half_life = self.half_life_tokens
         _require(half_life is None or half_life > 0, "weight.half_life_tokens", half_life, "a number above 0, or null")
-        _require(self.drift_rate >= 0, "weight.drift_rate", self.drift_rate, "a number of at least 0")
+        rate = self.drift_rate
+        _require(0 <= rate < math.inf, "weight.drift_rate", rate, "a number of at least 0")
         fraction = self.entropy_fraction
-        _require(0 < fraction <= 1, "weight.entropy_fraction", fraction, "a number in (0, 1]")
+        _require(_LEAST_FRACTION <= fraction <= 1, "weight.entropy_fraction", fraction, f"{_LEAST_FRACTION:g} to 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -147,7 +151,7 @@ class ObjectiveConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     weight: WeightConfig = field(default_factory=WeightConfig)
     equivalent_tokens: list[list[str]] = field(default_factory=list)  # classes that count as one, such as end tokens
-    chunk_tokens: int = 384  # tokens whose logits are held at once; half as many with the teacher's (full)
+    chunk_tokens: int = 320  # tokens whose logits are held at once; half as many with the teacher's (full)
     diagnostic_tokens: int = 256  # tokens of an update that get full-vocabulary diagnostics, per rank
 
     def __post_init__(self) -> None:
@@ -161,6 +165,10 @@ class ObjectiveConfig:
         _require(0 < self.ppo_clip < 1, "ppo_clip", self.ppo_clip, "a number in (0, 1)")
         _require(self.ppo_dual_clip > 1, "ppo_dual_clip", self.ppo_dual_clip, "a number above 1")
         _require(self.task_reward_weight >= 0, "task_reward_weight", self.task_reward_weight, "at least 0")
+        classes = self.equivalent_tokens
+        named = [token for class_ in classes for token in class_]
+        disjoint = len(set(named)) == len(named) and all(len(class_) >= 2 for class_ in classes)
+        _require(disjoint, "equivalent_tokens", classes, "disjoint classes of at least two tokens")
         for name in ("top_k", "chunk_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         _require(self.diagnostic_tokens >= 0, "diagnostic_tokens", self.diagnostic_tokens, "an integer of at least 0")

@@ -199,13 +199,6 @@ class _GivenGradients(torch.autograd.Function):  # type: ignore[misc]  # mypy do
         return None, *gradients, None, None
 
 
-def _attach(
-    loss: Tensor, hidden_ND: Tensor, head_VD: Tensor, gradient_ND: Tensor, gradient_VD: Tensor | None
-) -> Tensor:
-    attached: Tensor = _GivenGradients.apply(loss, hidden_ND, head_VD, gradient_ND, gradient_VD)
-    return attached
-
-
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     context: AbstractContextManager[Any] = torch.autocast(device_type=tensor.device.type, enabled=False)
     return context

@@ -54,7 +54,7 @@ class ObjectiveOptions:
     equivalent_ids: tuple[tuple[int, ...], ...] = ()  # classes of ids that count as their first member, such as ends
     entropy_fraction: float = 1.0  # below 1: only this share of each sequence's tokens, of highest entropy, has a loss
     vocab_size: int = 0  # ids below it are common to both models; 0: the smallest head at hand
-    chunk_tokens: int = 384  # tokens whose logits are held at once; half as many where the teacher's are as well
+    chunk_tokens: int = 320  # tokens whose logits are held at once; half as many where the teacher's are as well
     diagnostic_tokens: int = 0  # leading tokens that get full-vocabulary diagnostics
 
     def __post_init__(self) -> None:

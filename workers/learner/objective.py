@@ -74,6 +74,14 @@ def objective_options(setup: ObjectiveSetup) -> ObjectiveOptions:
     )
 
 
+def removed_ids(setup: ObjectiveSetup) -> tuple[int, ...]:
+    """Return the ids that are taken out of every support: masked ones, or the ids that stand for their classes."""
+    if not setup.config.mask.out_of_support:
+        return ()
+    stands_for = {id_: class_[0] for class_ in setup.ids.equivalent for id_ in class_}
+    return tuple(stands_for.get(id_, id_) for id_ in setup.ids.masked)
+
+
 def _divergence(config: ObjectiveConfig) -> Divergence:
     match config.divergence:
         case DivergenceKind.reverse_kl:

@@ -18,7 +18,7 @@ from ray.util import get_node_ip_address
 from opd_ray.config.schema import LearnerConfig
 from opd_ray.objectives import Losses, ObjectiveOptions
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
-from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, sampled_tokens
+from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
 from workers.output_head import load_head
 from workers.weights import WeightManifest, plan_manifest, write_tensor
@@ -77,7 +77,7 @@ class LearnerWorker:
         self._inputs = InputBuilder(
             device=self._device,
             teacher_head_VD=load_head(self._teacher_path, vocab_size=self._objective.vocab_size).to(self._device),
-            removed_ids=self._objective.ids.masked if self._objective.config.mask.out_of_support else (),
+            removed_ids=removed_ids(self._objective),
         )
         self._options = objective_options(self._objective)
 

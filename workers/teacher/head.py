@@ -44,6 +44,8 @@ class TeacherHead:
         only the rows of the given ids are read and the log-probs are logits.
         """
         ids_N, student_ids_NK = self.equivalence.canonical(ids_N), self.equivalence.canonical(student_ids_NK)
+        # The student may have more rows than the common vocabulary; the teacher knows nothing of them.
+        student_ids_NK = student_ids_NK.masked_fill(student_ids_NK >= len(self.head_VD), _NO_ID)
         given_NK = student_ids_NK if request.support != "teacher" else student_ids_NK[:, :0]
         if request.include_sampled:
             given_NK = torch.cat([given_NK, ids_N[:, None]], dim=1)

@@ -50,8 +50,8 @@ RULES: list[tuple[Callable[..., object], str, object, str]] = [
     (WeightConfig, "weight.half_life_tokens", 0.0, OPTIONAL),
     (WeightConfig, "weight.half_life_tokens", -5.0, OPTIONAL),
     (WeightConfig, "weight.drift_rate", -0.1, "a number of at least 0"),
-    (WeightConfig, "weight.entropy_fraction", 0.0, "a number in (0, 1]"),
-    (WeightConfig, "weight.entropy_fraction", 1.1, "a number in (0, 1]"),
+    (WeightConfig, "weight.entropy_fraction", 0.0, "1e-06 to 1"),
+    (WeightConfig, "weight.entropy_fraction", 1.1, "1e-06 to 1"),
 ]
 
 
@@ -189,3 +189,14 @@ def checked(*overrides: str) -> ObjectiveConfig:
     register_schema()
     check_overrides([*MANDATORY, *overrides], config_dir=CONFIG_DIR)
     return compose_config(*MANDATORY, *overrides).objective
+
+
+@pytest.mark.parametrize("classes", [[["a"]], [["a", "b"], ["b", "c"]]])
+def test_classes_of_equivalent_tokens_are_disjoint_and_have_two_members(classes: list[list[str]]):
+    with pytest.raises(ValueError, match=r"objective\.equivalent_tokens=.*: expected disjoint classes of at least two"):
+        ObjectiveConfig(kind=ObjectiveKind.full, equivalent_tokens=classes)
+
+
+def test_an_endless_drift_rate_is_refused():
+    with pytest.raises(ValueError, match=r"objective\.weight\.drift_rate=inf: expected a number of at least 0"):
+        WeightConfig(drift_rate=float("inf"))

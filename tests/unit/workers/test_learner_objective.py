@@ -35,8 +35,8 @@ from opd_ray.objectives import (
     skewed_reverse_kl,
 )
 from opd_ray.protocol import HiddenScore, SampledScore, Score, SupportScore, TrajectoryGroup
-from opd_ray.requests import objective_ids
-from workers.learner.objective import ObjectiveSetup, TokenPlan, TokenPlanner, objective_options
+from opd_ray.requests import ObjectiveIds, objective_ids
+from workers.learner.objective import ObjectiveSetup, TokenPlan, TokenPlanner, objective_options, removed_ids
 
 EOS, PAD, UNNAMED = 12, 13, 14  # the id of a digit is the digit; the last is a padding row of the head, no token
 NO_LOGPROBS = np.empty(0, dtype=np.float32)
@@ -469,3 +469,15 @@ def test_each_divergence_is_the_one_that_is_named_with_its_own_number(given: dic
     for ours, theirs in zip(divergence(log_p_NV, log_q_NV), expected(log_p_NV, log_q_NV), strict=True):
         assert torch.equal(ours, theirs)
     assert divergence.constant == expected.constant
+
+
+@pytest.mark.parametrize(("out_of_support", "expected"), [(True, (3, 7)), (False, ())])
+def test_masked_ids_leave_the_supports_as_the_ids_that_stand_for_them(out_of_support: bool, expected: tuple[int, ...]):
+    setup = ObjectiveSetup(
+        config=ObjectiveConfig(kind=ObjectiveKind.support, mask=MaskConfig(out_of_support=out_of_support)),
+        ids=ObjectiveIds(masked=(5, 7), equivalent=((3, 5),)),
+        temperature=1.0,
+        top_p=1.0,
+        vocab_size=9,
+    )
+    assert removed_ids(setup) == expected

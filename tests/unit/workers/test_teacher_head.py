@@ -297,3 +297,15 @@ def test_the_size_of_a_score_is_that_of_its_arrays():
     assert num_bytes(SupportScore(**support, sampled_logprobs_N=sampled)) == 140
     assert num_bytes(HiddenScore(hidden_ND=hidden_ND, sampled_logprobs_N=none)) == 80
     assert num_bytes(HiddenScore(hidden_ND=hidden_ND, sampled_logprobs_N=sampled)) == 100
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_ids_of_the_student_beyond_the_common_vocabulary_are_in_no_support(normalised: bool):
+    head = TeacherHead(
+        head_VD=torch.randn(4, 2), temperature=1.0, equivalence=Equivalence.of((), device=torch.device("cpu"))
+    )
+    request = ScoreRequest(payload=Payload.support, support="student", top_k=3, normalised=normalised)
+    ids_NK, _, _ = head.support(
+        torch.randn(1, 2), ids_N=torch.tensor([1]), student_ids_NK=torch.tensor([[5, 1, 3]]), request=request
+    )
+    assert ids_NK.tolist() == [[-1, 1, 3]]

@@ -16,7 +16,7 @@ _PART = "loss"
 SIZES = Sizes(num_tokens=2048, vocab_size=151_936, student_size=256, teacher_size=512)
 _GROWTH_TOKENS = 1024, 4096
 _MAX_DIFFERENCE = 1e-5  # of loss and gradients, relative
-_MAX_GROWTH = 0.05  # of the smaller peak
+_MAX_GROWTH = 0.1  # of the smaller peak; the full-logits version grows by 300 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,35 +5,37 @@ from collections.abc import Mapping, Sequence
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Config
 from opd_ray.console import step_breakdown
-from opd_ray.data.models import ModelPair
+from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Metrics, Payload
 from opd_ray.requests import score_request
+from opd_ray.routing import teachers_of
 from opd_ray.state import RunDir
 
 
-def describe_run(config: Config, *, models: ModelPair, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
+def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
     """Return the lines that say what the run is made of."""
-    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    rollout, learner, teachers = config.rollout, config.learner, teachers_of(config).by_name
+    num_teacher_workers = sum(teacher.num_workers for teacher in teachers.values())
     num_trajectories = config.batch.num_prompts * rollout.samples_per_prompt
     dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
         f"student    {config.student.path}",
-        f"teacher    {teacher.path}",
+        *(f"teacher    {t.path}" + (f" ({name})" if config.teachers else "") for name, t in teachers.items()),
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
         f"batch      {config.batch.num_prompts} prompts x {rollout.samples_per_prompt} samples ="
         f" {num_trajectories} trajectories an update, max_staleness {config.max_staleness}",
-        f"workers    {rollout.num_workers} rollout, {teacher.num_workers} teacher, {learner.num_ranks} learner"
+        f"workers    {rollout.num_workers} rollout, {num_teacher_workers} teacher, {learner.num_ranks} learner"
         f" (ZeRO-{learner.zero_stage}, {learner.dtype.value})",
         f"steps      {step} to {config.num_steps}" + (" (resumed)" if step else ""),
         f"run dir    {run_dir.path}",
     ]
 
 
-def teacher_bytes_per_token(config: Config, models: ModelPair) -> int:
+def teacher_bytes_per_token(config: Config, models: Models) -> int:
     """Return the size of the objective's teacher signal."""
     request = score_request(config.objective)
     sampled = 4 if request.sampled_logprobs or request.payload is Payload.sampled else 0

@@ -10,6 +10,7 @@ from opd_ray.config.objective import (
 )
 from opd_ray.config.schema import Config, DataKind
 from opd_ray.data.tasks import TASKS, verifier
+from opd_ray.routing import max_response_tokens
 
 
 def validate(config: Config) -> None:
@@ -44,7 +45,9 @@ def _data(config: Config) -> None:
     data = config.data
     if data.kind is DataKind.task:
         known = ", ".join(sorted(TASKS))
-        _require(data.task in TASKS, f"data.task={data.task}: expected a built-in task ({known})")
+        for task in data.tasks or [str(data.task)]:
+            key = "data.tasks" if data.tasks else "data.task"
+            _require(task in TASKS, f"{key}={task}: expected a built-in task ({known})")
         return
     _require(data.path is not None, f"data.path is not given: data={data.kind.value} expects the path of a file")
     if data.task is not None:
@@ -145,13 +148,13 @@ def _batch(config: Config) -> None:
 
 
 def _micro_batch(config: Config) -> None:
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.data.max_prompt_tokens + max_response_tokens(config)
     limit = config.learner.max_tokens_per_micro_batch
     _require(
         longest <= limit,
         f"learner.max_tokens_per_micro_batch={limit}: expected at least {longest}, the longest sequence"
         f" (data.max_prompt_tokens={config.data.max_prompt_tokens}"
-        f" + rollout.max_response_tokens={config.rollout.max_response_tokens})",
+        f" + max_response_tokens={max_response_tokens(config)})",
     )
 
 

@@ -84,21 +84,31 @@ class RayLearner:
         """Return each rank with its share: what to do, and the references to its groups and their scores."""
         costs = [s.num_prompt_tokens * len(s.response_lengths) + sum(s.response_lengths) for s in summaries]
         shares = partition(costs, len(self._ranks))
-        cuts = [self._cut([summaries[i] for i in share]) for share in shares]
+        teachers = [tuple(batch.scores[i].teacher for i in share) for share in shares]
+        cuts = [
+            self._cut([summaries[i] for i in share], of_share) for share, of_share in zip(shares, teachers, strict=True)
+        ]
         most = max(map(len, cuts))
         return [
             (
                 rank,
                 RankBatch(
                     version=batch.step,
-                    num_groups=len(share),
+                    teachers=of_share,
                     micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
                 ),
                 [batch.groups[i].group for i in share] + [batch.scores[i].score for i in share],
             )
-            for rank, share, cut in zip(self._ranks, shares, cuts, strict=True)
+            for rank, share, of_share, cut in zip(self._ranks, shares, teachers, cuts, strict=True)
         ]
 
-    def _cut(self, summaries: Sequence[GroupSummary]) -> list[list[int]]:
+    def _cut(self, summaries: Sequence[GroupSummary], teachers: Sequence[str]) -> list[list[int]]:
+        """Return micro-batches of sequences, counted over the groups; those of one have the same teacher's head."""
         lengths = [s.num_prompt_tokens + length for s in summaries for length in s.response_lengths]
-        return micro_batches(lengths, max_tokens=self._config.max_tokens_per_micro_batch)
+        of_sequences = [t for s, t in zip(summaries, teachers, strict=True) for _ in s.response_lengths]
+        cuts = []
+        for teacher in sorted(set(teachers)):
+            mine = [i for i, of_sequence in enumerate(of_sequences) if of_sequence == teacher]
+            of_mine = micro_batches([lengths[i] for i in mine], max_tokens=self._config.max_tokens_per_micro_batch)
+            cuts += [[mine[i] for i in cut] for cut in of_mine]
+        return cuts

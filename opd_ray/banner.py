@@ -15,14 +15,14 @@ from opd_ray.state import RunDir
 
 def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
     """Return the lines that say what the run is made of."""
-    rollout, learner, teachers = config.rollout, config.learner, teachers_of(config).by_name
-    num_teacher_workers = sum(teacher.num_workers for teacher in teachers.values())
+    rollout, learner, teachers = config.rollout, config.learner, teachers_of(config)
+    num_teacher_workers = sum(teacher.num_workers for teacher in teachers.by_name.values())
     num_trajectories = config.batch.num_prompts * rollout.samples_per_prompt
     dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
         f"student    {config.student.path}",
-        *(f"teacher    {t.path}" + (f" ({name})" if config.teachers else "") for name, t in teachers.items()),
+        *(f"teacher    {t.path}{_taught(teachers.tasks_of(name))}" for name, t in teachers.by_name.items()),
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
@@ -36,7 +36,7 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
 
 
 def teacher_bytes_per_token(config: Config, models: Models) -> int:
-    """Return the size of the objective's teacher signal."""
+    """Return the size of the objective's teacher signal; of several teachers at most so much."""
     request = score_request(config.objective)
     sampled = 4 if request.sampled_logprobs or request.payload is Payload.sampled else 0
     match request.payload:
@@ -44,7 +44,8 @@ def teacher_bytes_per_token(config: Config, models: Models) -> int:
             num_ids = request.top_k * (2 if request.support == "union" else 1) + request.include_sampled
             return 8 * num_ids + sampled
         case Payload.hidden:
-            return models.teacher_hidden_size * (2 if config.teacher.dtype.value == "bfloat16" else 4) + sampled
+            widths = [2 if t.dtype.value == "bfloat16" else 4 for t in teachers_of(config).by_name.values()]
+            return models.teacher_hidden_size * max(widths) + sampled
         case Payload.sampled:
             return sampled
 
@@ -64,19 +65,30 @@ def describe_objective(config: ObjectiveConfig) -> str:
 def result_rows(
     summary: Metrics, *, history: Sequence[Mapping[str, float]], phases: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """Return the rows of the final table."""
+    """Return the rows of the final table; with several tasks each has its own below that of all."""
     rows = [
-        _row("teacher accuracy", summary, "teacher_accuracy", "{:.1%}"),
-        _row("student accuracy before", summary, "student_accuracy_before", "{:.1%}"),
-        _row("student accuracy after", summary, "student_accuracy_after", "{:.1%}"),
-        _row("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
-        _row("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
+        *_rows("teacher accuracy", summary, "teacher_accuracy", "{:.1%}"),
+        *_rows("student accuracy before", summary, "student_accuracy_before", "{:.1%}"),
+        *_rows("student accuracy after", summary, "student_accuracy_after", "{:.1%}"),
+        *_rows("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
+        *_rows("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
         _row("response tokens/s (median step)", summary, "tokens_per_s", "{:,.0f}"),
         *step_breakdown(history),
     ]
     rows += [(f"seconds: {name}", f"{seconds:.1f}") for name, seconds in phases.items()]
     rows.append(_row("seconds: whole run", summary, "wall_s", "{:.1f}"))
     return rows
+
+
+def _taught(tasks: Sequence[str]) -> str:
+    return f" ({', '.join(tasks)})" if tasks else ""
+
+
+def _rows(name: str, summary: Metrics, key: str, form: str) -> list[tuple[str, str]]:
+    of_tasks = sorted(k for k in summary if k.startswith(f"{key}_"))
+    return [_row(name, summary, key, form)] + [
+        _row(f"  of task {k.removeprefix(f'{key}_')}", summary, k, form) for k in of_tasks
+    ]
 
 
 def _row(name: str, summary: Metrics, key: str, form: str) -> tuple[str, str]:

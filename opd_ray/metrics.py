@@ -41,7 +41,9 @@ def summarise(history: Sequence[Mapping[str, float]], *, wall_s: float) -> dict[
         summary["tokens_per_s"] = statistics.median(rates)
         summary["step_s"] = statistics.median(m["time/step_s"] for m in history if "time/step_s" in m)
     for name, key in (("student_accuracy", "eval/accuracy"), ("reverse_kl", "eval/reverse_kl")):
-        of_tasks = {k.removeprefix(key) for m in history for k in m if k.startswith(key) and "_avg" not in k}
+        of_tasks = {
+            k.removeprefix(key) for m in history for k in m if k.startswith(key) and not k.startswith(f"{key}_avg")
+        }
         for task in sorted(of_tasks):  # "" for all tasks, or "_<task>"
             values = [m[key + task] for m in history if key + task in m]
             summary |= {f"{name}_before{task}": values[0], f"{name}_after{task}": values[-1]}

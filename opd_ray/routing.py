@@ -19,6 +19,10 @@ class Teachers:
         """Return the name of the task's teacher."""
         return self.of_task[task] if self.of_task else DEFAULT_TEACHER
 
+    def tasks_of(self, name: str) -> list[str]:
+        """Return the tasks that are given to a teacher by name; none: all, as they come."""
+        return [task for task, teacher in self.of_task.items() if teacher == name]
+
 
 def teachers_of(config: Config) -> Teachers:
     """Return the run's teachers; each is named by the first task it teaches."""

@@ -85,6 +85,7 @@ class TinyModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "num_steps", "batch_size"):
             _require(getattr(self, name) >= 1, f"*.build.{name}", getattr(self, name), "an integer of at least 1")
+        _require(len(self.tasks) >= 1, "*.build.tasks", self.tasks, "at least one built-in task")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Looks at the student's and the teacher's folders before any worker starts: present, whole, and of one language."""
+"""Looks at the folders of student and teachers before any worker starts: present, whole, and of one language."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

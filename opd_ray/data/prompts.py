@@ -1,5 +1,6 @@
 """Training and held-out prompts of a run, tokenised; the batch of a step is a function of the step alone."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from opd_ray.config.schema import BatchMode, Config, DataConfig, DataKind, LongP
 from opd_ray.data.records import Record, read_records
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.protocol import Prompt
-from opd_ray.routing import check_tasks, verifier_name
+from opd_ray.routing import check_tasks, task_config, verifier_name
 from opd_ray.schedule import derive_seed
 
 _TASK_STREAM = 4
@@ -71,12 +72,14 @@ class TaskPrompts:
 def in_shares(total: int, shares: npt.NDArray[np.float64]) -> list[int]:
     """Cut a total into whole parts in proportion to the shares; each of them grows with the total, none ever falls.
 
-    Webster's method: the next one always goes to the part with the largest share / (part + 1/2).
+    Webster's method: the next one always goes to the part with the largest share / (part + 1/2). The rounded shares of
+    a total that is smaller by half the number of parts are certain, so that only a few are left to deal out.
     """
-    parts = np.zeros(len(shares), dtype=np.int64)
-    for _ in range(total):
+    certain = max(0.0, total - len(shares) / 2) * shares / shares.sum()
+    parts = np.ceil(certain - 0.5).clip(min=0).astype(np.int64)
+    for _ in range(total - int(parts.sum())):
         parts[np.argmax(shares / (parts + 0.5))] += 1
-    return parts.tolist()
+    return [int(part) for part in parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +113,6 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
     num_held_back = len(train) - len(fresh)
     train_prompts = list(_tokenise(fresh, config=config, tokenizer=tokenizer))
     held_out_prompts = list(_tokenise(held_out, config=config, tokenizer=tokenizer))
-    check_tasks(config, (prompt.task for prompt in train_prompts))
     num_dropped = len(fresh) + len(held_out) - len(train_prompts) - len(held_out_prompts)
     least = config.learner.num_ranks  # every rank gets a group, of the held-out ones too
     if not train_prompts or len(held_out_prompts) < least:
@@ -121,9 +123,32 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
             f" held-out ones); expected at least one to train on and"
             f" learner.num_ranks={least} held out"
         )
-    return PromptSets(
+    sets = PromptSets(
         train=train_prompts, held_out=held_out_prompts, num_dropped=num_dropped, num_held_back=num_held_back
     )
+    check_tasks(config, sets.tasks)
+    _check_numbers(config, sets)
+    return sets
+
+
+def _check_numbers(config: Config, sets: PromptSets) -> None:
+    """Refuse a task whose prompts are too few for its evaluation, or whose share of a batch is none."""
+    held_out = Counter(prompt.task for prompt in sets.held_out)
+    for task, num_held_out in sorted(held_out.items()):
+        if num_held_out < config.learner.num_ranks:
+            raise ValueError(
+                f"data: {num_held_out} held-out prompts have the task {task!r}, which is evaluated by itself: expected"
+                f" at least learner.num_ranks={config.learner.num_ranks} of them, or none"
+            )
+    tasks = sorted({prompt.task for prompt in sets.train})
+    counts = in_shares(config.batch.num_prompts, np.array([task_config(config, task).share for task in tasks]))
+    for task, count in zip(tasks, counts, strict=True):
+        if count == 0 and config.batch.mode is BatchMode.mixed:
+            raise ValueError(
+                f"tasks.{task}.share={task_config(config, task).share:g}: none of batch.num_prompts="
+                f"{config.batch.num_prompts} prompts would be of this task; raise one of the two, or set"
+                " batch.mode=sequential"
+            )
 
 
 def _task_records(config: Config) -> tuple[list[Record], list[Record]]:

@@ -5,36 +5,38 @@ from collections.abc import Mapping, Sequence
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Config
 from opd_ray.console import step_breakdown
-from opd_ray.data.models import ModelPair
+from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Metrics, Payload
 from opd_ray.requests import score_request
+from opd_ray.routing import teachers_of
 from opd_ray.state import RunDir
 
 
-def describe_run(config: Config, *, models: ModelPair, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
+def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
     """Return the lines that say what the run is made of."""
-    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    rollout, learner, teachers = config.rollout, config.learner, teachers_of(config)
+    num_teacher_workers = sum(teacher.num_workers for teacher in teachers.by_name.values())
     num_trajectories = config.batch.num_prompts * rollout.samples_per_prompt
     dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
         f"student    {config.student.path}",
-        f"teacher    {teacher.path}",
+        *(f"teacher    {t.path}{_taught(teachers.tasks_of(name))}" for name, t in teachers.by_name.items()),
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
         f"batch      {config.batch.num_prompts} prompts x {rollout.samples_per_prompt} samples ="
         f" {num_trajectories} trajectories an update, max_staleness {config.max_staleness}",
-        f"workers    {rollout.num_workers} rollout, {teacher.num_workers} teacher, {learner.num_ranks} learner"
+        f"workers    {rollout.num_workers} rollout, {num_teacher_workers} teacher, {learner.num_ranks} learner"
         f" (ZeRO-{learner.zero_stage}, {learner.dtype.value})",
         f"steps      {step} to {config.num_steps}" + (" (resumed)" if step else ""),
         f"run dir    {run_dir.path}",
     ]
 
 
-def teacher_bytes_per_token(config: Config, models: ModelPair) -> int:
-    """Return the size of the objective's teacher signal."""
+def teacher_bytes_per_token(config: Config, models: Models) -> int:
+    """Return the size of the objective's teacher signal; of several teachers at most so much."""
     request = score_request(config.objective)
     sampled = 4 if request.sampled_logprobs or request.payload is Payload.sampled else 0
     match request.payload:
@@ -42,7 +44,8 @@ def teacher_bytes_per_token(config: Config, models: ModelPair) -> int:
             num_ids = request.top_k * (2 if request.support == "union" else 1) + request.include_sampled
             return 8 * num_ids + sampled
         case Payload.hidden:
-            return models.teacher_hidden_size * (2 if config.teacher.dtype.value == "bfloat16" else 4) + sampled
+            widths = [2 if t.dtype.value == "bfloat16" else 4 for t in teachers_of(config).by_name.values()]
+            return models.teacher_hidden_size * max(widths) + sampled
         case Payload.sampled:
             return sampled
 
@@ -62,19 +65,30 @@ def describe_objective(config: ObjectiveConfig) -> str:
 def result_rows(
     summary: Metrics, *, history: Sequence[Mapping[str, float]], phases: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """Return the rows of the final table."""
+    """Return the rows of the final table; with several tasks each has its own below that of all."""
     rows = [
-        _row("teacher accuracy", summary, "teacher_accuracy", "{:.1%}"),
-        _row("student accuracy before", summary, "student_accuracy_before", "{:.1%}"),
-        _row("student accuracy after", summary, "student_accuracy_after", "{:.1%}"),
-        _row("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
-        _row("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
+        *_rows("teacher accuracy", summary, "teacher_accuracy", "{:.1%}"),
+        *_rows("student accuracy before", summary, "student_accuracy_before", "{:.1%}"),
+        *_rows("student accuracy after", summary, "student_accuracy_after", "{:.1%}"),
+        *_rows("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
+        *_rows("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
         _row("response tokens/s (median step)", summary, "tokens_per_s", "{:,.0f}"),
         *step_breakdown(history),
     ]
     rows += [(f"seconds: {name}", f"{seconds:.1f}") for name, seconds in phases.items()]
     rows.append(_row("seconds: whole run", summary, "wall_s", "{:.1f}"))
     return rows
+
+
+def _taught(tasks: Sequence[str]) -> str:
+    return f" ({', '.join(tasks)})" if tasks else ""
+
+
+def _rows(name: str, summary: Metrics, key: str, form: str) -> list[tuple[str, str]]:
+    of_tasks = sorted(k for k in summary if k.startswith(f"{key}_"))
+    return [_row(name, summary, key, form)] + [
+        _row(f"  of task {k.removeprefix(f'{key}_')}", summary, k, form) for k in of_tasks
+    ]
 
 
 def _row(name: str, summary: Metrics, key: str, form: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The loop of on-policy distillation: schedules the fleets, passes references, never touches a token."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opd_ray.protocol import (
@@ -33,7 +34,7 @@ class Loop:
     """Everything one run is made of. `run` returns after the last update."""
 
     schedule: Schedule
-    sampling: SamplingOptions
+    sampling: Mapping[str, SamplingOptions]  # by task
     asked: ScoreRequest
     seed: int
     fleets: Fleets
@@ -65,7 +66,7 @@ class Loop:
         requests = [
             GenerateRequest(
                 prompt=prompt,
-                sampling=self.sampling,
+                sampling=self.sampling[prompt.task],
                 version=version,
                 seed=derive_seed(self.seed, step, prompt.index, position),
             )

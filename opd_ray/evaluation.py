@@ -1,7 +1,7 @@
 """Held-out evaluation through the run's own fleets: accuracy by the task's verifier, and the exact reverse KL."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opd_ray.controller import Fleets
@@ -9,6 +9,7 @@ from opd_ray.metrics import mean_reward
 from opd_ray.protocol import (
     Batch,
     GenerateRequest,
+    GroupSummary,
     Metrics,
     Payload,
     Prompt,
@@ -26,19 +27,26 @@ class HeldOut:
     """The held-out prompts and how to sample from them; the same seeds at every evaluation."""
 
     prompts: Sequence[Prompt]
-    sampling: SamplingOptions  # num_samples is the k of avg@k
+    sampling: Mapping[str, SamplingOptions]  # by task; num_samples is the k of avg@k
     seed: int
 
-    def requests(self, sampling: SamplingOptions, *, version: int) -> list[GenerateRequest]:
+    def requests(self, *, version: int) -> list[GenerateRequest]:
         """Return one request a prompt."""
         return [
-            GenerateRequest(prompt=p, sampling=sampling, version=version, seed=derive_seed(self.seed, i))
+            GenerateRequest(prompt=p, sampling=self.sampling[p.task], version=version, seed=derive_seed(self.seed, i))
             for i, p in enumerate(self.prompts)
         ]
 
     def greedy_requests(self, *, version: int) -> list[GenerateRequest]:
         """Return requests for the likeliest response only."""
-        return self.requests(replace(self.sampling, num_samples=1, temperature=0.0, top_p=1.0), version=version)
+        return [
+            replace(r, sampling=replace(r.sampling, num_samples=1, temperature=0.0, top_p=1.0))
+            for r in self.requests(version=version)
+        ]
+
+    def of_task(self, tasks: Collection[str]) -> "HeldOut":
+        """Return the part of some tasks."""
+        return replace(self, prompts=[p for p in self.prompts if p.task in tasks])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +60,31 @@ class FleetEvaluator:
         """Return `eval/accuracy` (greedy), `eval/accuracy_avg` (mean of k samples), `eval/reverse_kl` in nats a token.
 
         The reverse KL is exact over the vocabulary at the prefixes of the k samples. Accuracies are left out where
-        prompts have no answers.
+        prompts have no answers. With several tasks each has its own as well: `eval/reverse_kl_<task>` and so on.
         """
         start = time.perf_counter()
         rollout = self.fleets.rollout
         greedy = rollout.generate(self.held_out.greedy_requests(version=version))
-        sampled = rollout.generate(self.held_out.requests(self.held_out.sampling, version=version))
+        sampled = rollout.generate(self.held_out.requests(version=version))
         scores = self.fleets.teacher.score(sampled, ScoreRequest(payload=Payload.hidden))
-        reverse_kl = self.fleets.learner.held_out_kl(Batch(step=version, groups=sampled, scores=scores))
         return {
-            "eval/reverse_kl": reverse_kl,
+            **self._reverse_kl(Batch(step=version, groups=sampled, scores=scores)),
             **mean_reward("eval/accuracy", rollout.summaries(greedy)),
             **mean_reward("eval/accuracy_avg", rollout.summaries(sampled)),
             "time/eval_s": time.perf_counter() - start,
         }
 
+    def _reverse_kl(self, batch: Batch) -> Metrics:
+        learner = self.fleets.learner
+        metrics = {"eval/reverse_kl": learner.held_out_kl(batch)}
+        tasks = sorted({group.task for group in batch.groups})
+        for task in tasks if len(tasks) > 1 else []:
+            pairs = [(g, s) for g, s in zip(batch.groups, batch.scores, strict=True) if g.task == task]
+            of_task = replace(batch, groups=[g for g, _ in pairs], scores=[s for _, s in pairs])
+            metrics[f"eval/reverse_kl_{task}"] = learner.held_out_kl(of_task)
+        return metrics
 
-def teacher_accuracy(held_out: HeldOut, sampler: RolloutFleet) -> Metrics:
-    """Return `teacher_accuracy`, greedy, of a fleet that runs the teacher's weights."""
-    groups = sampler.generate(held_out.greedy_requests(version=_NOT_A_VERSION))
-    return mean_reward("teacher_accuracy", sampler.summaries(groups))
+
+def greedy_summaries(held_out: HeldOut, sampler: RolloutFleet) -> list[GroupSummary]:
+    """Return what a fleet answers to the held-out prompts whatever weights it has, greedily."""
+    return sampler.summaries(sampler.generate(held_out.greedy_requests(version=_NOT_A_VERSION)))

@@ -21,9 +21,16 @@ def rollout_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
 
 
 def mean_reward(name: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
-    """Return the mean reward over all responses under a name; nothing where no answers were given."""
-    rewards = [reward for s in summaries for reward in s.rewards]
-    return {name: sum(rewards) / len(rewards)} if rewards else {}
+    """Return the mean reward over all responses under a name, and with several tasks under `<name>_<task>` as well.
+
+    Nothing where no answers were given.
+    """
+    tasks = sorted({s.task for s in summaries})
+    parts = {name: list(summaries)}
+    if len(tasks) > 1:
+        parts |= {f"{name}_{task}": [s for s in summaries if s.task == task] for task in tasks}
+    rewards = {part: [reward for s in of_part for reward in s.rewards] for part, of_part in parts.items()}
+    return {part: sum(values) / len(values) for part, values in rewards.items() if values}
 
 
 def summarise(history: Sequence[Mapping[str, float]], *, wall_s: float) -> dict[str, float]:
@@ -34,7 +41,10 @@ def summarise(history: Sequence[Mapping[str, float]], *, wall_s: float) -> dict[
         summary["tokens_per_s"] = statistics.median(rates)
         summary["step_s"] = statistics.median(m["time/step_s"] for m in history if "time/step_s" in m)
     for name, key in (("student_accuracy", "eval/accuracy"), ("reverse_kl", "eval/reverse_kl")):
-        values = [m[key] for m in history if key in m]
-        if values:
-            summary |= {f"{name}_before": values[0], f"{name}_after": values[-1]}
+        of_tasks = {
+            k.removeprefix(key) for m in history for k in m if k.startswith(key) and not k.startswith(f"{key}_avg")
+        }
+        for task in sorted(of_tasks):  # "" for all tasks, or "_<task>"
+            values = [m[key + task] for m in history if key + task in m]
+            summary |= {f"{name}_before{task}": values[0], f"{name}_after{task}": values[-1]}
     return summary

@@ -57,7 +57,8 @@ class Prompt:
 
     ids_P: Int32  # [P] prompt tokens, chat template applied
     index: int  # position in the data source: the prompt's identity
-    task: str  # names the verifier of the answer
+    task: str  # decides teacher, sampling and weight
+    verifier: str  # marks the responses
     answer: str | None  # reference answer; None: nothing to verify against
 
 
@@ -103,6 +104,7 @@ class GroupSummary:
     """What the controller and the learner's fleet need to know of a group, without its tokens."""
 
     prompt_index: int
+    task: str
     num_prompt_tokens: int
     response_lengths: tuple[int, ...]  # [G] tokens
     num_loss_tokens: int  # tokens with loss_mask true
@@ -173,6 +175,7 @@ class ScoreSummary:
 class GroupHandle:
     """A group on its way: two references that resolve when its last response is finished."""
 
+    task: str
     summary: Ref  # -> GroupSummary
     group: Ref  # -> TrajectoryGroup
 
@@ -181,6 +184,7 @@ class GroupHandle:
 class ScoreHandle:
     """A score on its way."""
 
+    teacher: str  # whose
     summary: Ref  # -> ScoreSummary
     score: Ref  # -> Score
 

@@ -8,6 +8,7 @@ from opd_ray.config.objective import BaselineKind, ObjectiveConfig, ObjectiveKin
 from opd_ray.config.schema import Config
 from opd_ray.data.token_text import token_bytes
 from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
+from opd_ray.routing import task_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +41,22 @@ def objective_ids(config: ObjectiveConfig, *, tokenizer: Any) -> ObjectiveIds:
     )
 
 
-def training_samples(config: Config) -> SamplingOptions:
-    """Return how responses to train on are drawn."""
+def training_samples(config: Config, task: str) -> SamplingOptions:
+    """Return how responses to a task's prompts are drawn to train on."""
     objective = config.objective
     from_student = objective.kind is ObjectiveKind.support and objective.support is not SupportSource.teacher
     return _sampling(
         config,
-        num_samples=config.rollout.samples_per_prompt,
+        task,
+        num_samples=task_config(config, task).samples_per_prompt or config.rollout.samples_per_prompt,
         support_size=objective.top_k if from_student else 0,
         support_top_p=objective.support_top_p,
     )
 
 
-def held_out_samples(config: Config) -> SamplingOptions:
-    """Return how responses to held-out prompts are drawn."""
-    return _sampling(config, num_samples=config.eval.samples_per_prompt, support_size=0, support_top_p=1.0)
+def held_out_samples(config: Config, task: str) -> SamplingOptions:
+    """Return how responses to a task's held-out prompts are drawn."""
+    return _sampling(config, task, num_samples=config.eval.samples_per_prompt, support_size=0, support_top_p=1.0)
 
 
 def score_request(config: ObjectiveConfig) -> ScoreRequest:
@@ -93,12 +95,15 @@ def check_offered(request: ScoreRequest, *, offered: frozenset[Payload], teacher
         raise ValueError(f"teacher {teacher} gives only {gives}: {needs}; change objective or teacher")
 
 
-def _sampling(config: Config, *, num_samples: int, support_size: int, support_top_p: float) -> SamplingOptions:
+def _sampling(
+    config: Config, task: str, *, num_samples: int, support_size: int, support_top_p: float
+) -> SamplingOptions:
+    special = task_config(config, task)
     return SamplingOptions(
         num_samples=num_samples,
-        max_response_tokens=config.rollout.max_response_tokens,
+        max_response_tokens=special.max_response_tokens or config.rollout.max_response_tokens,
         temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
+        top_p=special.top_p or config.rollout.top_p,
         support_size=support_size,
         support_top_p=support_top_p,
     )

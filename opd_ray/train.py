@@ -16,17 +16,18 @@ import workers
 from opd_ray.banner import closing_words, describe_run, result_rows
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
-from opd_ray.config.schema import Config
+from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
 from opd_ray.config.validate import validate_vocabulary
 from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.models import inspect_models
-from opd_ray.data.prompts import PromptSets, ShuffledPrompts, load_prompts
+from opd_ray.data.prompts import PromptSets, TaskPrompts, load_prompts
 from opd_ray.data.tiny_models import build_tiny_model, is_built
-from opd_ray.evaluation import FleetEvaluator, HeldOut, teacher_accuracy
-from opd_ray.metrics import summarise
-from opd_ray.protocol import Metrics
+from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
+from opd_ray.metrics import mean_reward, summarise
+from opd_ray.protocol import GroupSummary, Metrics
 from opd_ray.requests import check_offered, held_out_samples, objective_ids, score_request, training_samples
+from opd_ray.routing import task_config, teacher_key, teachers_of
 from opd_ray.schedule import Schedule, derive_seed
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
@@ -48,10 +49,14 @@ def train(config: Config, console: RunConsole) -> Metrics:
     run_dir = RunDir.of(config)
     check_free(run_dir, config.resume)
     _build_missing_models(config, console)
-    models = inspect_models(student_path=config.student.path, teacher_path=config.teacher.path)
+    teachers = teachers_of(config)
+    models = inspect_models(
+        student_path=config.student.path, teachers={teacher_key(n): t.path for n, t in teachers.by_name.items()}
+    )
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
-    check_offered(score_request(config.objective), offered=workers.TEACHER_OFFERS, teacher=config.teacher.path)
+    for teacher in teachers.by_name.values():
+        check_offered(score_request(config.objective), offered=workers.TEACHER_OFFERS, teacher=teacher.path)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     with workers.connected(config):
         step = claim(run_dir, config.resume)
@@ -118,7 +123,10 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _build_missing_models(config: Config, console: RunConsole) -> None:
     """Train the tiny models that the configuration describes and that are not there yet."""
-    for role, model in (("teacher", config.teacher), ("student", config.student)):
+    models: dict[str, TeacherConfig | StudentConfig] = {
+        teacher_key(name).removesuffix(".path"): teacher for name, teacher in teachers_of(config).by_name.items()
+    }
+    for role, model in {**models, "student": config.student}.items():
         if model.build is None:
             continue
         path = Path(model.path)
@@ -132,16 +140,22 @@ def _build_missing_models(config: Config, console: RunConsole) -> None:
 def _held_out(config: Config, prompts: PromptSets) -> HeldOut:
     return HeldOut(
         prompts=prompts.held_out,
-        sampling=held_out_samples(config),
+        sampling={task: held_out_samples(config, task) for task in prompts.tasks},
         seed=derive_seed(config.seed, _HELD_OUT_SEED_STREAM),
     )
 
 
 def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) -> Metrics:
-    if not config.teacher.evaluate:
-        return {}
-    with console.phase("evaluate teacher"), workers.teacher_sampler(config, log_dir=RunDir.of(config).logs) as sampler:
-        return teacher_accuracy(held_out, sampler)
+    teachers, summaries = teachers_of(config), list[GroupSummary]()
+    for name, teacher in teachers.by_name.items():
+        mine = held_out.of_task({p.task for p in held_out.prompts if teachers.name_of(p.task) == name})
+        if teacher.evaluate and mine.prompts:
+            with (
+                console.phase(f"evaluate {teacher_key(name).removesuffix('.path')}"),
+                workers.teacher_sampler(config, teacher, log_dir=RunDir.of(config).logs) as sampler,
+            ):
+                summaries += greedy_summaries(mine, sampler)
+    return mean_reward("teacher_accuracy", summaries)
 
 
 def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker) -> Loop:
@@ -152,11 +166,17 @@ def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTr
             eval_every=config.eval_every,
             save_every=config.save_every,
         ),
-        sampling=training_samples(config),
+        sampling={task: training_samples(config, task) for task in prompts.tasks},
         asked=score_request(config.objective),
         seed=config.seed,
         fleets=fleets,
-        prompts=ShuffledPrompts(prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed),
+        prompts=TaskPrompts(
+            prompts.train,
+            num_prompts=config.batch.num_prompts,
+            shares={task: task_config(config, task).share for task in prompts.tasks},
+            mode=config.batch.mode,
+            seed=config.seed,
+        ),
         evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets),
         checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
         tracker=tracker,

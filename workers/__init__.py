@@ -9,17 +9,19 @@ from typing import Any
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from opd_ray.config.schema import Config
+from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.controller import Fleets
 from opd_ray.protocol import RolloutFleet
 from opd_ray.requests import ObjectiveIds
+from opd_ray.routing import max_response_tokens, teachers_of
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
-from workers.placement import check_capacity, connect, is_local, pools, reserve
+from workers.placement import check_capacity, connect, is_local, pools, reserve, teacher_role
 from workers.rollout.fleet import RayRolloutFleet
 from workers.teacher.fleet import OFFERED as TEACHER_OFFERS
 from workers.teacher.fleet import RayTeacherFleet
+from workers.teacher.routed import RoutedTeachers
 
 __all__ = ["TEACHER_OFFERS", "connected", "open_fleets", "teacher_sampler"]
 
@@ -42,7 +44,8 @@ def connected(config: Config) -> Iterator[None]:
 def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: Path) -> Iterator[Fleets]:
     """Start all workers, wait until they are ready, and end them on leaving."""
     berths = _berths(config, log_dir=log_dir)
-    max_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    teachers = teachers_of(config)
+    max_tokens = config.data.max_prompt_tokens + max_response_tokens(config)
     rollout = RayRolloutFleet(
         model_path=config.student.path,
         config=config.rollout,
@@ -50,37 +53,38 @@ def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: 
         berth=berths["rollout"],
         objective=config.objective,
     )
-    teacher = RayTeacherFleet(
-        config=config.teacher,
-        berth=berths["teacher"],
-        arguments={
-            "max_model_tokens": max_tokens,
-            "vocab_size": vocab_size,
-            "temperature": config.rollout.temperature,
-            "equivalent_ids": ids.equivalent,
-        },
-    )
+    teacher_arguments = {
+        "max_model_tokens": max_tokens,
+        "vocab_size": vocab_size,
+        "temperature": config.rollout.temperature,
+        "equivalent_ids": ids.equivalent,
+    }
+    teacher_fleets = {
+        name: RayTeacherFleet(name=name, config=t, berth=berths[teacher_role(name)], arguments=teacher_arguments)
+        for name, t in teachers.by_name.items()
+    }
     learner = RayLearner(
         config=config.learner,
         berth=berths["learner"],
         arguments={
             "student_path": config.student.path,
-            "teacher_path": config.teacher.path,
+            "teacher_paths": {name: t.path for name, t in teachers.by_name.items()},
             "objective": ObjectiveSetup(
                 config=config.objective,
                 ids=ids,
                 temperature=config.rollout.temperature,
                 top_p=config.rollout.top_p,
                 vocab_size=vocab_size,
+                loss_weights={task: special.loss_weight for task, special in config.tasks.items()},
             ),
             "num_steps": config.num_steps,
         },
     )
-    fleets = (rollout, teacher, learner)
+    fleets: list[RayRolloutFleet | RayTeacherFleet | RayLearner] = [rollout, *teacher_fleets.values(), learner]
     try:
         for fleet in fleets:
             fleet.wait_ready()
-        yield Fleets(rollout=rollout, teacher=teacher, learner=learner)
+        yield Fleets(rollout=rollout, teacher=RoutedTeachers(teacher_fleets, teachers), learner=learner)
     finally:
         for fleet in fleets:
             fleet.close()
@@ -88,16 +92,16 @@ def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: 
 
 
 @contextmanager
-def teacher_sampler(config: Config, *, log_dir: Path) -> Iterator[RolloutFleet]:
-    """Start one rollout worker on the teacher's weights, to measure the teacher itself; it ends on leaving."""
-    model = replace(config.rollout, num_workers=1, dtype=config.teacher.dtype)
+def teacher_sampler(config: Config, teacher: TeacherConfig, *, log_dir: Path) -> Iterator[RolloutFleet]:
+    """Start one rollout worker on a teacher's weights, to measure the teacher itself; it ends on leaving."""
+    model = replace(config.rollout, num_workers=1, dtype=teacher.dtype)
     pool = replace(pools(config)["rollout"], num_workers=1)
     group = reserve([pool], timeout_s=config.cluster.placement_timeout_s)
     fleet = RayRolloutFleet(
-        model_path=config.teacher.path,
+        model_path=teacher.path,
         config=model,
         objective=config.objective,
-        max_model_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        max_model_tokens=config.data.max_prompt_tokens + max_response_tokens(config),
         berth=Berth(
             role="teacher-sampler",
             pool=pool,

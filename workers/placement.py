@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import placement_group
 
 from opd_ray.config.schema import ClusterConfig, Config
+from opd_ray.routing import DEFAULT_TEACHER, teachers_of
 
 _CONNECT_TIMEOUT_S = 10.0
 
@@ -27,7 +28,7 @@ class Pool:
 
 def pools(config: Config) -> dict[str, Pool]:
     """Return the pools of a run by role."""
-    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    rollout, learner, teachers = config.rollout, config.learner, teachers_of(config).by_name
     return {
         "rollout": Pool(
             key="rollout.num_workers",
@@ -35,12 +36,15 @@ def pools(config: Config) -> dict[str, Pool]:
             cpus_per_worker=rollout.cpus_per_worker,
             gpus_per_worker=rollout.gpus_per_worker,
         ),
-        "teacher": Pool(
-            key="teacher.num_workers",
-            num_workers=teacher.num_workers,
-            cpus_per_worker=teacher.cpus_per_worker,
-            gpus_per_worker=teacher.gpus_per_worker,
-        ),
+        **{
+            teacher_role(name): Pool(
+                key=f"teachers.{name}.num_workers" if config.teachers else "teacher.num_workers",
+                num_workers=teacher.num_workers,
+                cpus_per_worker=teacher.cpus_per_worker,
+                gpus_per_worker=teacher.gpus_per_worker,
+            )
+            for name, teacher in teachers.items()
+        },
         "learner": Pool(
             key="learner.num_ranks",
             num_workers=learner.num_ranks,
@@ -48,6 +52,11 @@ def pools(config: Config) -> dict[str, Pool]:
             gpus_per_worker=learner.gpus_per_rank,
         ),
     }
+
+
+def teacher_role(name: str) -> str:
+    """Return the role of a teacher's workers."""
+    return name if name == DEFAULT_TEACHER else f"{DEFAULT_TEACHER}-{name}"
 
 
 def is_local(config: ClusterConfig) -> bool:

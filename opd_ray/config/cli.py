@@ -1,10 +1,11 @@
 """Checks the command line's overrides by composing once before Hydra does, to say in one line what is wrong."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from opd_ray.config.schema import Config
 
 _UNKNOWN_KEY = (ConfigAttributeError, ConfigKeyError)
+_ENTRY = re.compile(r"\+*(?P<block>teachers|tasks)\.(?P<name>[^.=]+)[.=]")  # OmegaConf makes no typed entry key by key
 
 
 def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
@@ -41,7 +43,7 @@ def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
-    """Return every key of the schema in dotted form."""
+    """Return every key of the schema in dotted form, with `*` for the keys that the user names."""
     keys = []
     hints = get_type_hints(schema)
     for field in fields(schema):
@@ -49,7 +51,8 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
         block = next((t for t in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(t)), None)
         keys.append(key)
         if isinstance(block, type):
-            keys += known_keys(block, f"{key}.")
+            of_any = get_origin(hints[field.name]) is dict
+            keys += known_keys(block, f"{key}.*." if of_any else f"{key}.")
     return keys
 
 
@@ -109,6 +112,11 @@ def _explain(error: Exception, *, overrides: Sequence[str]) -> str:
         root = root.__cause__
     key = str(getattr(root, "full_key", None) or "")
     first_line = (str(root).splitlines() or [type(error).__name__])[0]
+    for override in overrides:
+        entry = _ENTRY.match(override)
+        if entry and key in (entry["name"], f"{entry['block']}.{entry['name']}"):
+            block, name = entry["block"], entry["name"]
+            return f"{block}.{name}: no such entry yet; add it whole: '+{block}={{{name}: {{...}}}}'"
     if not isinstance(root, _UNKNOWN_KEY):
         return f"{key}: {first_line}" if key else f"{first_line} (given: {' '.join(overrides)})"
     if ".engine_args." in key:
@@ -118,7 +126,15 @@ def _explain(error: Exception, *, overrides: Sequence[str]) -> str:
 
 
 def _near(key: str) -> Any:
-    """Return the known key that a wrong one most likely stands for: the same last part, or similar letters."""
+    """Return the known key that a wrong one most likely stands for: the same last part, or similar letters.
+
+    A key of the whole run goes before one of a single task or teacher.
+    """
     keys = known_keys()
     same_end = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    return next(iter(sorted(same_end, key=len) or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)), None)
+    return next(
+        iter(
+            sorted(same_end, key=lambda k: ("*" in k, len(k))) or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        ),
+        None,
+    )

@@ -34,6 +34,13 @@ class LongPromptPolicy(StrEnum):
     drop = "drop"
 
 
+class BatchMode(StrEnum):
+    """How the tasks share an update."""
+
+    mixed = "mixed"  # every update has prompts of every task
+    sequential = "sequential"  # one task an update, in turn
+
+
 class TrackingKind(StrEnum):
     """The sink beside metrics.jsonl."""
 
@@ -65,7 +72,7 @@ def _require(holds: bool, key: str, given: object, expected: str) -> None:
 class TinyModelConfig:
     """A small model that the run itself trains by supervision on a built-in task when its folder is missing."""
 
-    task: str = "sort"
+    tasks: list[str] = field(default_factory=lambda: ["sort"])  # in equal parts
     num_layers: int = 2
     hidden_size: int = 128
     num_heads: int = 4
@@ -78,6 +85,7 @@ class TinyModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "num_steps", "batch_size"):
             _require(getattr(self, name) >= 1, f"*.build.{name}", getattr(self, name), "an integer of at least 1")
+        _require(len(self.tasks) >= 1, "*.build.tasks", self.tasks, "at least one built-in task")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,10 +118,11 @@ class DataConfig:
     """Prompts to train on and prompts held out for evaluation."""
 
     kind: DataKind
-    task: str | None = None  # built-in task (kind=task), or the verifier of records that name none
+    task: str | None = None  # built-in task (kind=task), or the task of records that name none
+    tasks: list[str] = field(default_factory=list)  # kind=task: several built-in tasks instead of one
     path: str | None = None  # JSONL or Parquet file
     eval_path: str | None = None  # held-out file; without it the last eval.num_prompts records of data.path
-    num_prompts: int = 16384  # kind=task: size of the training set that is made
+    num_prompts: int = 16384  # kind=task: size of the training set that is made, of each task
     max_prompt_tokens: int = 1024
     long_prompts: LongPromptPolicy = LongPromptPolicy.error
 
@@ -127,9 +136,30 @@ class BatchConfig:
     """One optimizer update's worth of prompts."""
 
     num_prompts: int = 32
+    mode: BatchMode = BatchMode.mixed  # with several tasks
 
     def __post_init__(self) -> None:
         _require(self.num_prompts >= 1, "batch.num_prompts", self.num_prompts, "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """What is particular to the prompts of one task. null: as the rollout group says."""
+
+    verifier: str | None = None  # marks the responses; null: the task's own name
+    share: float = 1.0  # of a mixed batch's prompts, or of the updates in sequential mode, relative to other tasks
+    loss_weight: float = 1.0  # of its tokens' losses
+    samples_per_prompt: int | None = None
+    max_response_tokens: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.share > 0, "tasks.*.share", self.share, "a number above 0")
+        _require(self.loss_weight >= 0, "tasks.*.loss_weight", self.loss_weight, "a number of at least 0")
+        for name in ("samples_per_prompt", "max_response_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"tasks.*.{name}", value, "an integer of at least 1, or null")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "tasks.*.top_p", self.top_p, "a number in (0, 1], or null")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -229,6 +259,8 @@ class Config:
     runs_dir: str = "runs"
     student: StudentConfig
     teacher: TeacherConfig
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)  # by task; empty: `teacher` teaches all
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # by task; one without an entry has the defaults
     data: DataConfig
     batch: BatchConfig = field(default_factory=BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

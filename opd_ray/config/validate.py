@@ -1,5 +1,7 @@
 """Rules over several configuration fields; each message says what was given, what was expected, which key to change."""
 
+from typing import Any
+
 from opd_ray.config.objective import (
     BaselineKind,
     ObjectiveConfig,
@@ -10,6 +12,7 @@ from opd_ray.config.objective import (
 )
 from opd_ray.config.schema import Config, DataKind
 from opd_ray.data.tasks import TASKS, verifier
+from opd_ray.routing import max_response_tokens, verifier_name
 
 
 def validate(config: Config) -> None:
@@ -42,26 +45,52 @@ def _modes(config: Config) -> None:
 
 def _data(config: Config) -> None:
     data = config.data
+    for task, special in config.tasks.items():
+        if special.verifier is not None:
+            _check_verifier(f"tasks.{task}.verifier", special.verifier)
     if data.kind is DataKind.task:
         known = ", ".join(sorted(TASKS))
-        _require(data.task in TASKS, f"data.task={data.task}: expected a built-in task ({known})")
+        for task in data.tasks or [str(data.task)]:
+            key = "data.tasks" if data.tasks else "data.task"
+            _require(task in TASKS, f"{key}={task}: expected a built-in task ({known})")
         return
     _require(data.path is not None, f"data.path is not given: data={data.kind.value} expects the path of a file")
+    _require(
+        not data.tasks,
+        f"data.tasks={data.tasks} with data={data.kind.value}: expected data=task; the records of a file name their"
+        " own tasks",
+    )
     if data.task is not None:
-        try:
-            verifier(data.task)
-        except ValueError as error:
-            raise ValueError(f"data.task={data.task}: {error}") from None
+        _check_verifier("data.task", verifier_name(config, data.task))
+
+
+def _check_verifier(key: str, name: str) -> None:
+    try:
+        verifier(name)
+    except ValueError as error:
+        raise ValueError(f"{key}={name}: {error}") from None
 
 
 def _sampling(config: Config) -> None:
-    rollout = config.rollout
-    _require(
-        rollout.temperature == 1 or rollout.top_p == 1 or config.objective.correct_top_p,
-        f"rollout.temperature={rollout.temperature} with rollout.top_p={rollout.top_p}: vLLM gives log-probs either"
-        " before both or after both, and the objective needs them after the temperature only; set one of them to 1,"
-        " or with objective=sampled objective.correct_top_p=true",
-    )
+    rollout, correct = config.rollout, config.objective.correct_top_p
+    for key, top_p in _with_tasks(config, "top_p"):
+        _require(
+            rollout.temperature == 1 or top_p == 1 or correct,
+            f"rollout.temperature={rollout.temperature} with {key}={top_p}: vLLM gives log-probs either"
+            " before both or after both, and the objective needs them after the temperature only; set one of them to"
+            " 1, or with objective=sampled objective.correct_top_p=true",
+        )
+        _require(
+            top_p == rollout.top_p or not correct,
+            f"objective.correct_top_p=true with {key}={top_p}: expected rollout.top_p={rollout.top_p}, the correction"
+            " knows one nucleus for all tasks",
+        )
+
+
+def _with_tasks(config: Config, name: str) -> list[tuple[str, Any]]:
+    """Return key and value of an option of the rollout, and of the tasks that have one of their own."""
+    of_tasks = [(f"tasks.{task}.{name}", getattr(special, name)) for task, special in config.tasks.items()]
+    return [(f"rollout.{name}", getattr(config.rollout, name)), *((k, v) for k, v in of_tasks if v is not None)]
 
 
 def _objective(config: Config) -> None:
@@ -97,22 +126,23 @@ def _sampled_only(objective: ObjectiveConfig) -> dict[str, bool]:
 
 
 def _sampled(config: Config) -> None:
-    objective, samples = config.objective, config.rollout.samples_per_prompt
+    objective = config.objective
     _require(
         objective.use_as is not SignalUse.loss,
         "objective.use_as=loss with objective=sampled: the gradient of log p(y) - log q(y) has no teacher in it and is"
         " zero in expectation; expected reward or auto (a policy gradient), or objective=support or full",
     )
-    _require(
-        objective.baseline is not BaselineKind.group_mean or samples > 1,
-        f"objective.baseline=group_mean with rollout.samples_per_prompt={samples}: expected at least 2, the mean is"
-        " over a prompt's other samples",
-    )
-    _require(
-        objective.task_reward_weight == 0 or samples > 1,
-        f"objective.task_reward_weight={objective.task_reward_weight} with rollout.samples_per_prompt={samples}:"
-        " expected at least 2, rewards are compared within a prompt's samples",
-    )
+    for key, samples in _with_tasks(config, "samples_per_prompt"):
+        _require(
+            objective.baseline is not BaselineKind.group_mean or samples > 1,
+            f"objective.baseline=group_mean with {key}={samples}: expected at least 2, the mean is over a prompt's"
+            " other samples",
+        )
+        _require(
+            objective.task_reward_weight == 0 or samples > 1,
+            f"objective.task_reward_weight={objective.task_reward_weight} with {key}={samples}: expected at least 2,"
+            " rewards are compared within a prompt's samples",
+        )
     _require(
         not objective.correct_top_p or config.rollout.top_p < 1,
         "objective.correct_top_p=true with rollout.top_p=1: there is no nucleus to correct for",
@@ -145,13 +175,13 @@ def _batch(config: Config) -> None:
 
 
 def _micro_batch(config: Config) -> None:
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = config.data.max_prompt_tokens + max_response_tokens(config)
     limit = config.learner.max_tokens_per_micro_batch
     _require(
         longest <= limit,
         f"learner.max_tokens_per_micro_batch={limit}: expected at least {longest}, the longest sequence"
         f" (data.max_prompt_tokens={config.data.max_prompt_tokens}"
-        f" + rollout.max_response_tokens={config.rollout.max_response_tokens})",
+        f" + max_response_tokens={max_response_tokens(config)}, the largest of rollout and tasks)",
     )
 
 

@@ -1,5 +1,6 @@
-"""Looks at the student's and the teacher's folders before any worker starts: present, whole, and of one language."""
+"""Looks at the folders of student and teachers before any worker starts: present, whole, and of one language."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,34 @@ _NUM_NAMED_IDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPair:
-    """What the run needs to know of its two models."""
+class Models:
+    """What the run needs to know of its models."""
 
     tokenizer: Any  # the student's
-    vocab_size: int  # rows that both heads have; ids beyond are padding
-    teacher_hidden_size: int
+    vocab_size: int  # rows that all heads have; ids beyond are padding
+    teacher_hidden_size: int  # the largest
 
 
-def inspect_models(*, student_path: str, teacher_path: str) -> ModelPair:
-    """Check both models and return what the run needs of them.
+def inspect_models(*, student_path: str, teachers: Mapping[str, str]) -> Models:
+    """Check student and teachers and return what the run needs of them; teachers maps configuration keys to paths.
 
     Raises ValueError for a model that is missing or incomplete, and for tokenizers that name ids differently.
     """
     student_folder = _folder("student.path", student_path)
-    teacher_folder = _folder("teacher.path", teacher_path)
     tokenizer = _tokenizer("student.path", student_folder)
-    check_same_tokens(tokenizer, _tokenizer("teacher.path", teacher_folder))
-    student = _model_config("student.path", student_folder)
-    teacher = _model_config("teacher.path", teacher_folder)
-    return ModelPair(
+    configs = [_model_config("student.path", student_folder)]
+    for key, path in teachers.items():
+        folder = _folder(key, path)
+        check_same_tokens(tokenizer, _tokenizer(key, folder), key=key)
+        configs.append(_model_config(key, folder))
+    return Models(
         tokenizer=tokenizer,
-        vocab_size=min(student.vocab_size, teacher.vocab_size),
-        teacher_hidden_size=teacher.hidden_size,
+        vocab_size=min(config.vocab_size for config in configs),
+        teacher_hidden_size=max(config.hidden_size for config in configs[1:]),
     )
 
 
-def check_same_tokens(student: Any, teacher: Any) -> None:
+def check_same_tokens(student: Any, teacher: Any, *, key: str = "teacher.path") -> None:
     """Raise ValueError naming the first ids that mean different tokens to the two tokenizers."""
     student_tokens = {index: token for token, index in student.get_vocab().items()}
     teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
@@ -51,7 +53,7 @@ def check_same_tokens(student: Any, teacher: Any) -> None:
             for i in differing[:_NUM_NAMED_IDS]
         )
         raise ValueError(
-            f"student.path and teacher.path have different token maps: {len(differing)} of {len(ids)} ids differ"
+            f"student.path and {key} have different token maps: {len(differing)} of {len(ids)} ids differ"
             f" ({named}); expected two models with one tokenizer"
         )
 

@@ -55,6 +55,16 @@ def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]
     return cuts
 
 
+def micro_batches_by_kind(lengths: Sequence[int], kinds: Sequence[str], *, max_tokens: int) -> list[list[int]]:
+    """Group sequences as `micro_batches` does, but never sequences of different kinds."""
+    cuts = []
+    for kind in sorted(set(kinds)):
+        items = [i for i, of_item in enumerate(kinds) if of_item == kind]
+        of_kind = micro_batches([lengths[i] for i in items], max_tokens=max_tokens)
+        cuts += [[items[i] for i in cut] for cut in of_kind]
+    return cuts
+
+
 def pad(prompts: Sequence[npt.NDArray[np.int32]], responses: Sequence[npt.NDArray[np.int32]]) -> PaddedBatch:
     """Lay out prompt + response of each sequence, padded on the right with id 0 under a zero attention mask."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]

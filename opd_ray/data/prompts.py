@@ -1,17 +1,21 @@
 """Training and held-out prompts of a run, tokenised; the batch of a step is a function of the step alone."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from opd_ray.config.schema import Config, DataConfig, DataKind, LongPromptPolicy
+from opd_ray.config.schema import BatchMode, Config, DataConfig, DataKind, LongPromptPolicy
 from opd_ray.data.records import Record, read_records
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.protocol import Prompt
+from opd_ray.routing import check_tasks, task_config, verifier_name
 from opd_ray.schedule import derive_seed
 
+_TASK_STREAM = 4
 _TRAIN_STREAM, _HELD_OUT_STREAM = 1, 2  # a built-in task makes its two sets from different seeds
 
 
@@ -34,6 +38,50 @@ class ShuffledPrompts:
         return np.random.default_rng(derive_seed(self._seed, epoch)).permutation(len(self._prompts))
 
 
+class TaskPrompts:
+    """Endless training batches of several tasks: of each task in its share, or of one task after the other."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, num_prompts: int, shares: Mapping[str, float], mode: BatchMode, seed: int
+    ) -> None:
+        self._tasks = sorted({prompt.task for prompt in prompts})
+        self._shares = np.array([shares[task] for task in self._tasks])
+        counts = dict.fromkeys(self._tasks, num_prompts)
+        if mode is BatchMode.mixed:
+            counts = dict(zip(self._tasks, in_shares(num_prompts, self._shares), strict=True))
+        self._mode = mode
+        self._streams = {
+            task: ShuffledPrompts(
+                [p for p in prompts if p.task == task],
+                num_prompts=counts[task],
+                seed=seed if len(self._tasks) == 1 else derive_seed(seed, _TASK_STREAM, index),
+            )
+            for index, task in enumerate(self._tasks)
+        }
+
+    def batch(self, step: int) -> list[Prompt]:
+        """Return the prompts of update `step`."""
+        if self._mode is BatchMode.mixed:
+            return [prompt for stream in self._streams.values() for prompt in stream.batch(step)]
+        # After n updates task i has had its share of n, to the nearest whole: the update is of the task that it adds.
+        before, after = (in_shares(n, self._shares) for n in (step, step + 1))
+        index = int(np.argmax(np.subtract(after, before)))
+        return self._streams[self._tasks[index]].batch(before[index])
+
+
+def in_shares(total: int, shares: npt.NDArray[np.float64]) -> list[int]:
+    """Cut a total into whole parts in proportion to the shares; each of them grows with the total, none ever falls.
+
+    Webster's method: the next one always goes to the part with the largest share / (part + 1/2). The rounded shares of
+    a total that is smaller by half the number of parts are certain, so that only a few are left to deal out.
+    """
+    certain = max(0.0, total - len(shares) / 2) * shares / shares.sum()
+    parts = np.ceil(certain - 0.5).clip(min=0).astype(np.int64)
+    for _ in range(total - int(parts.sum())):
+        parts[np.argmax(shares / (parts + 0.5))] += 1
+    return [int(part) for part in parts]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSets:
     """The prompts of a run."""
@@ -42,6 +90,11 @@ class PromptSets:
     held_out: list[Prompt]
     num_dropped: int  # empty or too long, under data.long_prompts=drop
     num_held_back: int  # training records left out because they are held out as well
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the tasks of all prompts."""
+        return sorted({prompt.task for prompt in (*self.train, *self.held_out)})
 
 
 def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
@@ -52,14 +105,14 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
     """
     data, num_held_out = config.data, config.eval.num_prompts
     if data.kind is DataKind.task:
-        train, held_out = _task_records(data, num_held_out=num_held_out, seed=config.seed)
+        train, held_out = _task_records(config)
     else:
         train, held_out = _file_records(data, num_held_out=num_held_out)
     seen = {r.content for r in held_out}
     fresh = [r for r in train if r.content not in seen]
     num_held_back = len(train) - len(fresh)
-    train_prompts = list(_tokenise(fresh, data=data, tokenizer=tokenizer))
-    held_out_prompts = list(_tokenise(held_out, data=data, tokenizer=tokenizer))
+    train_prompts = list(_tokenise(fresh, config=config, tokenizer=tokenizer))
+    held_out_prompts = list(_tokenise(held_out, config=config, tokenizer=tokenizer))
     num_dropped = len(fresh) + len(held_out) - len(train_prompts) - len(held_out_prompts)
     least = config.learner.num_ranks  # every rank gets a group, of the held-out ones too
     if not train_prompts or len(held_out_prompts) < least:
@@ -70,23 +123,55 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
             f" held-out ones); expected at least one to train on and"
             f" learner.num_ranks={least} held out"
         )
-    return PromptSets(
+    sets = PromptSets(
         train=train_prompts, held_out=held_out_prompts, num_dropped=num_dropped, num_held_back=num_held_back
     )
+    check_tasks(config, sets.tasks)
+    _check_numbers(config, sets)
+    return sets
 
 
-def _task_records(data: DataConfig, *, num_held_out: int, seed: int) -> tuple[list[Record], list[Record]]:
-    assert data.task is not None
-    task = TASKS[data.task]
+def _check_numbers(config: Config, sets: PromptSets) -> None:
+    """Refuse a task whose prompts are too few for its evaluation, or whose share of a batch is none."""
+    held_out = Counter(prompt.task for prompt in sets.held_out)
+    for task, num_held_out in sorted(held_out.items()):
+        if num_held_out < config.learner.num_ranks:
+            raise ValueError(
+                f"data: {num_held_out} held-out prompts have the task {task!r}, which is evaluated by itself: expected"
+                f" at least learner.num_ranks={config.learner.num_ranks} of them, or none"
+            )
+    tasks = sorted({prompt.task for prompt in sets.train})
+    counts = in_shares(config.batch.num_prompts, np.array([task_config(config, task).share for task in tasks]))
+    for task, count in zip(tasks, counts, strict=True):
+        if count == 0 and config.batch.mode is BatchMode.mixed:
+            raise ValueError(
+                f"tasks.{task}.share={task_config(config, task).share:g}: none of batch.num_prompts="
+                f"{config.batch.num_prompts} prompts would be of this task; raise one of the two, or set"
+                " batch.mode=sequential"
+            )
 
-    def records(num_examples: int, stream: int) -> list[Record]:
-        return [
-            Record(where=f"task {data.task}", prompt=e.prompt, messages=None, answer=e.answer, task=data.task)
-            for e in task.examples(num_examples=num_examples, seed=derive_seed(seed, stream))
-        ]
 
-    held_out = records(num_held_out, _HELD_OUT_STREAM)
-    return records(data.num_prompts, _TRAIN_STREAM), held_out
+def _task_records(config: Config) -> tuple[list[Record], list[Record]]:
+    """Return training and held-out records of the built-in tasks; the tasks share the held-out ones equally."""
+    tasks = task_names(config.data)
+    num_held_out = in_shares(config.eval.num_prompts, np.ones(len(tasks)))
+    train, held_out = [], []
+    for task, num_of_task in zip(tasks, num_held_out, strict=True):
+        train += _examples(task, config.data.num_prompts, seed=derive_seed(config.seed, _TRAIN_STREAM))
+        held_out += _examples(task, num_of_task, seed=derive_seed(config.seed, _HELD_OUT_STREAM))
+    return train, held_out
+
+
+def task_names(data: DataConfig) -> list[str]:
+    """Return the built-in tasks that prompts are made of."""
+    return data.tasks or [data.task or ""]
+
+
+def _examples(task: str, num_examples: int, *, seed: int) -> list[Record]:
+    return [
+        Record(where=f"task {task}", prompt=e.prompt, messages=None, answer=e.answer, task=task)
+        for e in TASKS[task].examples(num_examples=num_examples, seed=seed)
+    ]
 
 
 def _file_records(data: DataConfig, *, num_held_out: int) -> tuple[list[Record], list[Record]]:
@@ -102,16 +187,19 @@ def _file_records(data: DataConfig, *, num_held_out: int) -> tuple[list[Record],
     return records[:-num_held_out], records[-num_held_out:]
 
 
-def _tokenise(records: list[Record], *, data: DataConfig, tokenizer: Any) -> Iterator[Prompt]:
+def _tokenise(records: list[Record], *, config: Config, tokenizer: Any) -> Iterator[Prompt]:
     """Yield the usable records as prompts; refuse or drop the others as `data.long_prompts` says."""
+    data = config.data
     refused: list[tuple[Record, int]] = []
     for index, (record, ids) in enumerate(zip(records, _token_ids(records, tokenizer=tokenizer), strict=True)):
         if not 1 <= len(ids) <= data.max_prompt_tokens:
             refused.append((record, len(ids)))
             continue
         task = record.task or data.task or "exact"
-        _check_answer(task, record)
-        yield Prompt(ids_P=np.asarray(ids, dtype=np.int32), index=index, task=task, answer=record.answer)
+        marked_by = verifier_name(config, task)
+        _check_answer(marked_by, record)
+        ids_P = np.asarray(ids, dtype=np.int32)
+        yield Prompt(ids_P=ids_P, index=index, task=task, verifier=marked_by, answer=record.answer)
     if refused and data.long_prompts is LongPromptPolicy.error:
         record, num_tokens = refused[0]
         fault = f"has {num_tokens} tokens" if num_tokens else "is empty"
@@ -151,10 +239,10 @@ def _chat_ids(record: Record, *, tokenizer: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(record.messages, add_generation_prompt=True, return_dict=False))
 
 
-def _check_answer(task: str, record: Record) -> None:
+def _check_answer(name: str, record: Record) -> None:
     """Refuse now what the verifier would refuse in a worker: an unknown task, an answer it cannot compare to."""
     try:
-        verify = verifier(task)
+        verify = verifier(name)
         if record.answer is not None:
             verify("", record.answer)
     except ValueError as error:

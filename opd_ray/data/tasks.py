@@ -61,6 +61,26 @@ class SortTask:
         return TaskExample(prompt="+".join(digits) + "=", answer="".join(sorted(digits)))
 
 
+class CopyTask:
+    """Copy twelve digits: `7+3+...+1==` asks, `73...1` answers."""
+
+    name = "copy"
+    num_digits = SortTask.num_digits
+
+    def examples(self, *, num_examples: int, seed: int) -> list[TaskExample]:
+        """Return the first `num_examples` of the endless stream that `seed` names."""
+        generator = random.Random(seed)
+        return [self._example(generator.choices("0123456789", k=self.num_digits)) for _ in range(num_examples)]
+
+    def verify(self, response: str, *, answer: str) -> float:
+        """Return 1.0 when the response equals the answer, white space aside (decoders may put some between tokens)."""
+        return float("".join(response.split()) == "".join(answer.split()))
+
+    @staticmethod
+    def _example(digits: list[str]) -> TaskExample:
+        return TaskExample(prompt="+".join(digits) + "==", answer="".join(digits))
+
+
 def verify_exact(response: str, answer: str) -> float:
     """Return 1.0 when the texts are equal, white space at either end aside."""
     return float(response.strip() == answer.strip())
@@ -82,7 +102,7 @@ def _last_number(text: str) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-TASKS: dict[str, Task] = {"sort": SortTask()}
+TASKS: dict[str, Task] = {"sort": SortTask(), "copy": CopyTask()}
 
 VERIFIERS: dict[str, Verifier] = {"exact": verify_exact, "numeric": verify_numeric}
 

@@ -66,8 +66,9 @@ def build_tiny_model(path: Path, *, spec: TinyModelConfig, on_step: OnStep) -> N
     The folder appears whole or not at all. A tiny model of another spec is replaced; any other folder there raises
     ValueError, since it was not made here.
     """
-    if spec.task not in TASKS:
-        raise ValueError(f"unknown task {spec.task!r}: expected one of {', '.join(TASKS)}; change *.build.task")
+    for task in spec.tasks:
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}; change *.build.tasks")
     if path.exists() and not (path / SPEC_FILE).is_file():
         raise ValueError(f"{path} exists and holds no {SPEC_FILE}: expected a free path or a tiny model; change *.path")
     tokenizer = build_tokenizer()
@@ -100,7 +101,7 @@ def _model_config(spec: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> 
 def _train(
     model: Qwen3ForCausalLM, *, tokenizer: PreTrainedTokenizerFast, spec: TinyModelConfig, on_step: OnStep
 ) -> None:
-    examples = TASKS[spec.task].examples(num_examples=spec.num_steps * spec.batch_size, seed=spec.seed)
+    examples = _examples(spec, num_examples=spec.num_steps * spec.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, num_steps=spec.num_steps))
     model.train()
@@ -116,6 +117,12 @@ def _train(
         schedule.step()
         on_step(step + 1, spec.num_steps, float(loss.detach()))
     model.eval()
+
+
+def _examples(spec: TinyModelConfig, *, num_examples: int) -> list[TaskExample]:
+    """Return examples of the tasks in turn."""
+    of_tasks = [TASKS[task].examples(num_examples=num_examples, seed=spec.seed) for task in spec.tasks]
+    return [of_tasks[i % len(of_tasks)][i // len(of_tasks)] for i in range(num_examples)]
 
 
 def _lr_factor(step: int, *, num_steps: int) -> float:

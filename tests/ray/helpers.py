@@ -45,7 +45,7 @@ def sampled(logprobs_NV: torch.Tensor, group: TrajectoryGroup) -> torch.Tensor:
 
 def make_prompt(*ids: int, answer: str | None = None) -> Prompt:
     """Return a prompt of given tokens."""
-    return Prompt(ids_P=np.array(ids, dtype=np.int32), index=0, task="exact", answer=answer)
+    return Prompt(ids_P=np.array(ids, dtype=np.int32), index=0, task="exact", verifier="exact", answer=answer)
 
 
 def make_group(prompt: list[int], *responses: list[int], version: int = 0) -> TrajectoryGroup:

@@ -76,6 +76,7 @@ def _batch(teacher: Any, kind: ObjectiveKind = ObjectiveKind.full) -> Batch:
     for group in _GROUPS:
         summary = GroupSummary(
             prompt_index=0,
+            task="exact",
             num_prompt_tokens=len(group.prompt_ids),
             response_lengths=tuple(np.diff(group.offsets).tolist()),
             num_loss_tokens=len(group.response_ids),
@@ -86,8 +87,10 @@ def _batch(teacher: Any, kind: ObjectiveKind = ObjectiveKind.full) -> Batch:
             generate_s=0.0,
         )
         scored = ScoreSummary(num_tokens=len(group.response_ids), num_bytes=1, score_s=0.0)
-        groups.append(GroupHandle(summary=ray.put(summary), group=ray.put(group)))
-        scores.append(ScoreHandle(summary=ray.put(scored), score=ray.put(_score(teacher, group, kind))))
+        groups.append(GroupHandle(task="exact", summary=ray.put(summary), group=ray.put(group)))
+        scores.append(
+            ScoreHandle(teacher="teacher", summary=ray.put(scored), score=ray.put(_score(teacher, group, kind)))
+        )
     return Batch(step=0, groups=groups, scores=scores)
 
 
@@ -103,13 +106,14 @@ def _open_learner(config: Config, log_dir: Path) -> RayLearner:
     )
     arguments = {
         "student_path": config.student.path,
-        "teacher_path": config.teacher.path,
+        "teacher_paths": {"teacher": config.teacher.path},
         "objective": ObjectiveSetup(
             config=config.objective,
             ids=ObjectiveIds(masked=_MASKED_IDS if config.objective.mask.tokens else (), equivalent=()),
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             vocab_size=32,
+            loss_weights={},
         ),
         "num_steps": config.num_steps,
     }

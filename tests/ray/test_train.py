@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,67 @@ def test_a_teacher_that_is_the_student_gives_kl_zero_through_the_whole_stack(
         (estimate,) = (n for n in metrics if n.startswith(("distill/reverse_kl_", "distill/jsd_")))
         assert abs(metrics[estimate]) < 1e-4
         assert metrics["rollout/logprob_gap_max"] < 1e-4
+
+
+def _teacher(folder: str) -> str:
+    return f"{{path: '{folder}', dtype: float32, cpus_per_worker: 0.25, engine_args: '${{rollout.engine_args}}'}}"
+
+
+@pytest.fixture
+def two_teachers(overrides: Overrides, model_folder: Any) -> Overrides:
+    """Return a function that gives the overrides of a run whose teacher of `sort` is the student itself, while that of
+    `copy` is another model of another width; the student stays as it is. Only groups and heads at the right teacher
+    give a divergence of 0 on the one task and not on the other."""
+    student, other = model_folder(seed=1), model_folder(seed=2, hidden_size=128)
+
+    def build(*more: str) -> list[str]:
+        return overrides(
+            f"student.path={student}",
+            f"+teachers={{sort: {_teacher(student)}, copy: {_teacher(other)}}}",
+            "data.tasks=[sort,copy]",
+            "data.max_prompt_tokens=25",
+            "learner.lr=1e-9",
+            "eval_every=1",
+            *more,
+        )
+
+    return build
+
+
+def test_a_mixed_batch_is_scored_by_the_teachers_of_its_tasks_each_with_its_own_head(
+    two_teachers: Overrides, tmp_path: Path
+) -> None:
+    summary, screen = _train(two_teachers("+tasks={copy: {loss_weight: 0}}"))
+    run_dir = tmp_path / "runs" / "test"
+    lines = _lines(run_dir)
+    assert len(lines) == 3
+    for metrics in lines:
+        assert metrics["eval/reverse_kl_sort"] < 1e-4
+        assert metrics["eval/reverse_kl_copy"] > 0.1
+        assert metrics["eval/reverse_kl_sort"] < metrics["eval/reverse_kl"] < metrics["eval/reverse_kl_copy"]
+        assert {"eval/accuracy_sort", "eval/accuracy_avg_copy"} <= metrics.keys()
+    for metrics in lines[1:]:
+        assert metrics["distill/reverse_kl_full"] > 0.05
+        assert abs(metrics["train/loss"]) < 1e-4  # of `sort` alone: the weight of `copy` is 0
+        assert metrics["rollout/logprob_gap_max"] < 1e-4
+        assert all(math.isfinite(value) for value in metrics.values())
+    assert summary["reverse_kl_after_copy"] > 0.1
+    assert "  of task copy" in screen
+    logs = {path.name for path in (run_dir / "logs").iterdir()}
+    assert {"teacher-sort-0.log", "teacher-copy-0.log"} <= logs
+    assert "teacher-0.log" not in logs
+
+
+def test_sequential_batches_are_of_one_task_with_its_own_sampling_and_teacher(
+    two_teachers: Overrides, tmp_path: Path
+) -> None:
+    options = "+tasks={copy: {samples_per_prompt: 3, max_response_tokens: 4}, sort: {max_response_tokens: 9}}"
+    _train(two_teachers("batch.mode=sequential", options, "objective=support", "objective.top_k=8"))
+    copy, sort = _lines(tmp_path / "runs" / "test")[1:]
+    assert (copy["rollout/num_responses"], sort["rollout/num_responses"]) == (4 * 3, 4 * 2)
+    assert copy["rollout/response_tokens_max"] <= 4 < sort["rollout/response_tokens_max"] <= 9
+    assert copy["distill/reverse_kl_support"] > 0.05
+    assert abs(sort["distill/reverse_kl_support"]) < 1e-4
 
 
 def test_a_run_leaves_what_the_readme_lists_and_a_student_that_others_load(

@@ -25,12 +25,15 @@ PROMPTS_PER_STEP = 3  # prompt i of step s has the index s * PROMPTS_PER_STEP + 
 
 
 def make_prompt(index: int = 0, *, task: str = "exact", answer: str | None = None) -> Prompt:
-    return Prompt(ids_P=np.array([1, 2], dtype=np.int32), index=index, task=task, answer=answer)
+    return Prompt(ids_P=np.array([1, 2], dtype=np.int32), index=index, task=task, verifier=task, answer=answer)
 
 
-def make_summary(*lengths: int, rewards: Sequence[float] = (), num_truncated: int = 0, text: str = "") -> GroupSummary:
+def make_summary(
+    *lengths: int, rewards: Sequence[float] = (), num_truncated: int = 0, text: str = "", task: str = "exact"
+) -> GroupSummary:
     return GroupSummary(
         prompt_index=0,
+        task=task,
         num_prompt_tokens=2,
         response_lengths=lengths,
         num_loss_tokens=sum(lengths),
@@ -52,14 +55,14 @@ class FakeRollout:
         (version,) = {r.version for r in requests}
         self.events.append(("generate", requests[0].prompt.index // PROMPTS_PER_STEP, version))
         self.requests += requests
-        return [GroupHandle(summary=r, group=("group", r.prompt.index, r.seed)) for r in requests]
+        return [GroupHandle(task=r.prompt.task, summary=r, group=("group", r.prompt.index, r.seed)) for r in requests]
 
     def load(self, weights: WeightBundle) -> Metrics:
         self.events.append(("load", weights.version))
         return {"time/load_s": 0.25}
 
     def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
-        return [make_summary(2, 3, rewards=self.rewards, text=str(g.summary.prompt.index)) for g in groups]
+        return [make_summary(2, 3, rewards=self.rewards, text=str(g.summary.prompt.index), task=g.task) for g in groups]
 
 
 @dataclass
@@ -68,7 +71,7 @@ class FakeTeacher:
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         self.events.append(("score", groups[0].group[1] // PROMPTS_PER_STEP, request))
-        return [ScoreHandle(summary=None, score=("score of", g.group)) for g in groups]
+        return [ScoreHandle(teacher="teacher", summary=None, score=("score of", g.group)) for g in groups]
 
 
 @dataclass
@@ -104,10 +107,12 @@ class FakeLearner:
 @dataclass
 class FakePrompts:
     always_the_same: bool = False
+    tasks: Sequence[str] = ("exact",)  # in turn
 
     def batch(self, step: int) -> list[Prompt]:
         first, stride = (0, 0) if self.always_the_same else (step * PROMPTS_PER_STEP, 1)
-        return [make_prompt(first + stride * i) for i in range(PROMPTS_PER_STEP)]
+        indices = [first + stride * i for i in range(PROMPTS_PER_STEP)]
+        return [make_prompt(i, task=self.tasks[i % len(self.tasks)]) for i in indices]
 
 
 @dataclass

@@ -6,11 +6,11 @@ from config_files import compose_config
 from fakes import make_prompt
 
 from opd_ray.banner import closing_words, describe_run, result_rows, teacher_bytes_per_token
-from opd_ray.data.models import ModelPair
+from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.state import RunDir
 
-MODELS = ModelPair(tokenizer=None, vocab_size=14, teacher_hidden_size=128)
+MODELS = Models(tokenizer=None, vocab_size=14, teacher_hidden_size=128)
 PROMPTS = PromptSets(train=[make_prompt()] * 1200, held_out=[make_prompt()] * 8, num_dropped=0, num_held_back=0)
 
 
@@ -19,6 +19,11 @@ def described(*overrides: str, num_dropped: int = 0, step: int = 0) -> str:
     prompts = replace(PROMPTS, num_dropped=num_dropped)
     lines = describe_run(config, models=MODELS, prompts=prompts, run_dir=RunDir(path=Path("/runs/demo")), step=step)
     return "\n".join(lines)
+
+
+def describe_multi(*overrides: str) -> list[str]:
+    config = compose_config(*overrides)
+    return describe_run(config, models=MODELS, prompts=PROMPTS, run_dir=RunDir(path=Path("/runs/multi")), step=0)
 
 
 def test_the_banner_says_what_the_run_is_made_of():
@@ -80,6 +85,38 @@ def test_the_bytes_a_token_are_those_of_the_objectives_payload(overrides: list[s
 )
 def test_the_banner_says_what_is_minimised_and_what_the_teacher_sends(overrides: list[str], words: str):
     assert f"objective  {words} a token from the teacher\n" in described(*overrides)
+
+
+TWO_TEACHERS = ("experiment=demo_multi", "teachers.copy.num_workers=3", "teachers.sort.path=models/sorter")
+
+
+def test_the_banner_names_every_teacher_with_the_tasks_it_teaches_and_counts_their_workers():
+    text = "\n".join(describe_multi(*TWO_TEACHERS))
+    assert "teacher    models/sorter (sort)\nteacher    runs/models/tiny-teacher-copy (copy)\n" in text
+    assert "1 rollout, 4 teacher, 2 learner" in text
+    assert text.count("teacher    ") == 2
+
+
+def test_the_banner_names_a_teacher_that_tasks_share_once():
+    same = ("teachers.copy.path=runs/models/tiny-teacher", "teachers.copy.build=null", "teachers.sort.build=null")
+    text = "\n".join(describe_multi("experiment=demo_multi", *same))
+    assert "teacher    runs/models/tiny-teacher (sort, copy)\n" in text
+    assert text.count("teacher    ") == 1
+
+
+def test_the_bytes_a_token_of_several_teachers_are_at_most_those_of_the_widest():
+    for dtypes, num_bytes in ((("float32", "bfloat16"), 512), (("bfloat16", "float32"), 512), (("bfloat16",) * 2, 256)):
+        given = (f"teachers.sort.dtype={dtypes[0]}", f"teachers.copy.dtype={dtypes[1]}")
+        assert teacher_bytes_per_token(compose_config("experiment=demo_multi", *given), MODELS) == num_bytes
+
+
+def test_the_result_shows_every_task_below_the_row_of_all():
+    summary = {"teacher_accuracy": 0.5, "teacher_accuracy_sort": 0.25, "teacher_accuracy_copy": 0.75, "wall_s": 1.0}
+    summary |= {"reverse_kl_before": 0.5, "reverse_kl_after": 0.25, "reverse_kl_after_copy": 0.125}
+    rows = result_rows(summary, history=[], phases={})
+    assert rows[:3] == [("teacher accuracy", "50.0%"), ("  of task copy", "75.0%"), ("  of task sort", "25.0%")]
+    after = rows.index(("held-out reverse KL after", "0.2500 nats/token"))
+    assert rows[after + 1] == ("  of task copy", "0.1250 nats/token")
 
 
 def test_the_result_shows_what_was_measured_and_says_what_was_not():

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from fakes import (
@@ -19,6 +19,7 @@ from opd_ray.schedule import Schedule
 SAMPLING = SamplingOptions(
     num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0, support_size=4, support_top_p=0.9
 )
+OF_SORT = replace(SAMPLING, num_samples=3, max_response_tokens=5)
 ASKED = ScoreRequest(payload=Payload.support, support="union", top_k=4, top_p=0.9)
 
 
@@ -49,7 +50,7 @@ def run_loop(
         schedule=Schedule(
             num_steps=num_steps, max_staleness=max_staleness, eval_every=eval_every, save_every=save_every
         ),
-        sampling=SAMPLING,
+        sampling={"exact": SAMPLING, "sort": OF_SORT},
         asked=ASKED,
         seed=seed,
         fleets=fleets,
@@ -227,3 +228,9 @@ def test_a_prompt_that_comes_again_in_its_batch_or_in_a_later_one_is_sampled_wit
 
 def test_every_request_carries_the_runs_sampling_options():
     assert all(request.sampling == SAMPLING for request in run_loop().requests)
+
+
+def test_every_prompt_is_sampled_as_its_task_says():
+    run = run_loop(num_steps=2, prompts=FakePrompts(tasks=("exact", "sort")))
+    assert [r.sampling for r in run.requests] == [SAMPLING, OF_SORT] * 3
+    assert [g.task for batch in run.batches for g in batch.groups] == ["exact", "sort"] * 3

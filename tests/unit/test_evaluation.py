@@ -1,16 +1,15 @@
 from dataclasses import replace
 
-import pytest
 from fakes import Event, fake_fleets, make_prompt
 
-from opd_ray.evaluation import FleetEvaluator, HeldOut, teacher_accuracy
+from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
 
 SAMPLING = SamplingOptions(
     num_samples=4, max_response_tokens=8, temperature=0.7, top_p=0.9, support_size=0, support_top_p=1.0
 )
 HIDDEN = ScoreRequest(payload=Payload.hidden)
-HELD_OUT = HeldOut(prompts=[make_prompt(i) for i in range(3)], sampling=SAMPLING, seed=5)
+HELD_OUT = HeldOut(prompts=[make_prompt(i) for i in range(3)], sampling={"exact": SAMPLING}, seed=5)
 
 
 def test_evaluation_gives_accuracy_average_and_kl():
@@ -55,11 +54,23 @@ def test_every_evaluation_uses_the_same_seeds_and_every_prompt_its_own():
     seeds = [request.seed for request in fleets.rollout.requests]
     assert seeds[:6] == seeds[6:]
     assert len(set(seeds[3:6])) == 3
-    assert seeds[3] != replace(HELD_OUT, seed=6).requests(SAMPLING, version=0)[0].seed
+    assert seeds[3] != replace(HELD_OUT, seed=6).requests(version=0)[0].seed
 
 
-@pytest.mark.parametrize(("rewards", "expected"), [([1.0, 0.0], {"teacher_accuracy": 0.5}), ([], {})])
-def test_the_teachers_accuracy_is_greedy_and_asks_for_no_version(rewards: list[float], expected: dict[str, float]):
-    fleets = fake_fleets([], rewards=rewards)
-    assert teacher_accuracy(HELD_OUT, fleets.rollout) == expected
+def test_a_teachers_own_answers_are_greedy_and_ask_for_no_version():
+    fleets = fake_fleets([], rewards=[1.0, 0.0])
+    assert [s.rewards for s in greedy_summaries(HELD_OUT, fleets.rollout)] == [(1.0, 0.0)] * 3
     assert all(r.sampling.temperature == 0 and r.version == -1 for r in fleets.rollout.requests)
+
+
+def test_with_several_tasks_each_has_its_own_numbers_and_its_own_sampling():
+    other = replace(SAMPLING, max_response_tokens=3)
+    prompts = [make_prompt(0), make_prompt(1, task="sort"), make_prompt(2, task="sort")]
+    held_out = HeldOut(prompts=prompts, sampling={"exact": SAMPLING, "sort": other}, seed=5)
+    fleets = fake_fleets([], rewards=[1.0, 0.0])
+    metrics = FleetEvaluator(held_out=held_out, fleets=fleets).evaluate(2)
+    names = {"eval/reverse_kl", "eval/accuracy", "eval/accuracy_avg"}
+    assert set(metrics) == {"time/eval_s"} | {n + task for n in names for task in ("", "_exact", "_sort")}
+    assert [r.sampling for r in fleets.rollout.requests[3:]] == [SAMPLING, other, other]
+    assert [len(batch.groups) for batch in fleets.learner.batches] == [3, 1, 2]
+    assert [p.index for p in held_out.of_task({"sort"}).prompts] == [1, 2]

@@ -27,6 +27,51 @@ def test_the_mean_reward_counts_only_the_prompts_that_have_answers():
     assert mean_reward("x", []) == {}
 
 
+def test_with_several_tasks_the_mean_reward_is_given_of_all_and_of_each():
+    summaries = [
+        make_summary(1, 1, rewards=[1, 0], task="sort"),
+        make_summary(1, 1, rewards=[1, 1], task="copy"),
+        make_summary(1, 1, rewards=[0, 0], task="sort"),
+    ]
+    assert mean_reward("x", summaries) == {"x": 0.5, "x_sort": 0.25, "x_copy": 1.0}
+    assert rollout_metrics(summaries)["rollout/accuracy_copy"] == 1.0
+    assert mean_reward("x", summaries[::2]) == {"x": 0.25}
+
+
+def test_a_task_without_answers_has_no_mean_reward():
+    assert mean_reward("x", [make_summary(1, rewards=[1]), make_summary(1, task="sort")]) == {"x": 1.0, "x_exact": 1.0}
+
+
+def test_the_summary_has_before_and_after_of_every_task_and_no_average_over_samples():
+    history = [
+        {"step": 0, "eval/accuracy": 0.1, "eval/accuracy_sort": 0.2, "eval/accuracy_avg": 0.3, "eval/reverse_kl": 2.0},
+        {
+            "step": 2,
+            "eval/accuracy": 0.5,
+            "eval/accuracy_sort": 0.6,
+            "eval/accuracy_copy_avg": 0.9,  # of a task of the name copy_avg
+            "eval/accuracy_avg": 0.7,
+            "eval/accuracy_avg_sort": 0.8,
+            "eval/reverse_kl": 1.0,
+            "eval/reverse_kl_sort": 0.5,
+        },
+    ]
+    assert summarise(history, wall_s=1.0) == {
+        "wall_s": 1.0,
+        "steps": 2,
+        "student_accuracy_before": 0.1,
+        "student_accuracy_after": 0.5,
+        "student_accuracy_before_sort": 0.2,
+        "student_accuracy_after_sort": 0.6,
+        "student_accuracy_before_copy_avg": 0.9,
+        "student_accuracy_after_copy_avg": 0.9,
+        "reverse_kl_before": 2.0,
+        "reverse_kl_after": 1.0,
+        "reverse_kl_before_sort": 0.5,
+        "reverse_kl_after_sort": 0.5,
+    }
+
+
 def test_the_summary_takes_the_first_and_the_last_evaluation_and_the_median_step():
     history = [
         {"step": 0, "eval/accuracy": 0.1, "eval/reverse_kl": 2.0},

@@ -47,8 +47,8 @@ SUPPORT = SupportScore(
     sampled_logprobs_N=np.linspace(-2, 0, 3, dtype=np.float32),
 )
 HANDLES = {
-    "groups": [GroupHandle(summary="summary", group="group")],
-    "scores": [ScoreHandle(summary="summary", score="score")],
+    "groups": [GroupHandle(task="sort", summary="summary", group="group")],
+    "scores": [ScoreHandle(teacher="teacher", summary="summary", score="score")],
 }
 MESSAGES = [
     SAMPLING,

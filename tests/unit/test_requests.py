@@ -104,7 +104,9 @@ SAMPLING = (
 
 
 def training_options(*overrides: str) -> SamplingOptions:
-    return training_samples(compose_config(*SAMPLING, "objective.top_k=7", "objective.support_top_p=0.9", *overrides))
+    return training_samples(
+        compose_config(*SAMPLING, "objective.top_k=7", "objective.support_top_p=0.9", *overrides), "sort"
+    )
 
 
 @pytest.mark.parametrize("source", ["student", "union"])
@@ -124,14 +126,14 @@ def test_responses_carry_no_support_where_the_student_has_no_part_in_it(kind: st
 
 def test_held_out_responses_are_drawn_as_in_training_but_carry_no_support():
     config = compose_config(*SAMPLING, "objective=support", "objective.support=student", "objective.support_top_p=0.9")
-    assert held_out_samples(config) == SamplingOptions(
+    assert held_out_samples(config, "sort") == SamplingOptions(
         num_samples=5, max_response_tokens=17, temperature=0.7, top_p=1.0, support_size=0, support_top_p=1.0
     )
 
 
 def test_the_nucleus_of_sampling_is_that_of_the_rollout_and_not_of_the_support():
     config = compose_config(*MANDATORY, "rollout.top_p=0.8", "objective.support_top_p=0.9")
-    assert training_samples(config).top_p == held_out_samples(config).top_p == 0.8
+    assert training_samples(config, "sort").top_p == held_out_samples(config, "sort").top_p == 0.8
 
 
 def ids_of(**given: object) -> ObjectiveIds:

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from opd_ray.config.schema import LearnerConfig
-from opd_ray.data.packing import micro_batches, partition
+from opd_ray.data.packing import micro_batches_by_kind, partition
 from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
 from workers.learner.report import RankBatch, combine, estimate_name
@@ -82,23 +82,44 @@ class RayLearner:
 
     def _split(self, batch: Batch, summaries: Sequence[GroupSummary]) -> list[tuple[Any, RankBatch, list[Any]]]:
         """Return each rank with its share: what to do, and the references to its groups and their scores."""
-        costs = [s.num_prompt_tokens * len(s.response_lengths) + sum(s.response_lengths) for s in summaries]
-        shares = partition(costs, len(self._ranks))
-        cuts = [self._cut([summaries[i] for i in share]) for share in shares]
-        most = max(map(len, cuts))
+        shares = rank_batches(
+            summaries,
+            teachers=[score.teacher for score in batch.scores],
+            num_ranks=len(self._ranks),
+            max_tokens=self._config.max_tokens_per_micro_batch,
+            version=batch.step,
+        )
         return [
-            (
-                rank,
-                RankBatch(
-                    version=batch.step,
-                    num_groups=len(share),
-                    micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
-                ),
-                [batch.groups[i].group for i in share] + [batch.scores[i].score for i in share],
-            )
-            for rank, share, cut in zip(self._ranks, shares, cuts, strict=True)
+            (rank, rank_batch, [batch.groups[i].group for i in share] + [batch.scores[i].score for i in share])
+            for rank, (share, rank_batch) in zip(self._ranks, shares, strict=True)
         ]
 
-    def _cut(self, summaries: Sequence[GroupSummary]) -> list[list[int]]:
-        lengths = [s.num_prompt_tokens + length for s in summaries for length in s.response_lengths]
-        return micro_batches(lengths, max_tokens=self._config.max_tokens_per_micro_batch)
+
+def rank_batches(
+    summaries: Sequence[GroupSummary], *, teachers: Sequence[str], num_ranks: int, max_tokens: int, version: int
+) -> list[tuple[list[int], RankBatch]]:
+    """Return for each rank the groups of its share, as positions, and what to do with them.
+
+    teachers names the one that scored each group: sequences of different teachers share no micro-batch.
+    """
+    costs = [s.num_prompt_tokens * len(s.response_lengths) + sum(s.response_lengths) for s in summaries]
+    shares = partition(costs, num_ranks)
+    cuts = []
+    for share in shares:
+        sequences = [
+            (summaries[i].num_prompt_tokens + n, teachers[i]) for i in share for n in summaries[i].response_lengths
+        ]
+        lengths, kinds = [length for length, _ in sequences], [teacher for _, teacher in sequences]
+        cuts.append(micro_batches_by_kind(lengths, kinds, max_tokens=max_tokens))
+    most = max(map(len, cuts))
+    return [
+        (
+            share,
+            RankBatch(
+                version=version,
+                teachers=tuple(teachers[i] for i in share),
+                micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
+            ),
+        )
+        for share, cut in zip(shares, cuts, strict=True)
+    ]

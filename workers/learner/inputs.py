@@ -3,7 +3,7 @@
 Suffixes: N flat response tokens of a micro-batch, K support, D hidden size of the teacher, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,16 +31,19 @@ class ScoredSequence:
     weights: Float32  # [n]
     advantages: Float32  # [n]
     score: Score  # of these n tokens
+    teacher: str  # whose
 
     def without_loss(self) -> "ScoredSequence":
         """Return the same sequence with every token masked."""
         return replace(self, kept=np.zeros_like(self.kept))
 
 
-def split_groups(groups: Sequence[TrajectoryGroup], scores: Sequence[Score], plan: TokenPlan) -> list[ScoredSequence]:
-    """Return the trajectories of all groups, in order."""
+def split_groups(
+    groups: Sequence[TrajectoryGroup], scores: Sequence[Score], plan: TokenPlan, *, teachers: Sequence[str]
+) -> list[ScoredSequence]:
+    """Return the trajectories of all groups, in order; teachers names the one that scored each group."""
     sequences, first = [], 0
-    for group, score in zip(groups, scores, strict=True):
+    for group, score, teacher in zip(groups, scores, teachers, strict=True):
         for start, end in zip(group.offsets[:-1], group.offsets[1:], strict=True):
             of_plan = slice(first + start, first + end)
             sequences.append(
@@ -53,6 +56,7 @@ def split_groups(groups: Sequence[TrajectoryGroup], scores: Sequence[Score], pla
                     weights=plan.weights_N[of_plan].numpy(),
                     advantages=plan.advantages_N[of_plan].numpy(),
                     score=_rows(score, slice(start, end)),
+                    teacher=teacher,
                 )
             )
         first += len(group.response_ids)
@@ -64,11 +68,11 @@ class InputBuilder:
     """Builds the student's inputs on a rank."""
 
     device: torch.device
-    teacher_head_VD: torch.Tensor
+    teacher_heads: Mapping[str, torch.Tensor]  # by teacher, each [V,D]
     removed_ids: tuple[int, ...]  # never in a support
 
     def build(self, sequences: Sequence[ScoredSequence]) -> dict[str, Any]:
-        """Return the keyword arguments of `Student.forward` that speak of tokens and of the teacher."""
+        """Return the keyword arguments of `Student.forward` that speak of tokens and of their one teacher."""
         batch = pad([s.prompt_ids for s in sequences], [s.response_ids for s in sequences])
         return {
             "input_ids_BT": self._tensor(batch.input_ids_BT),
@@ -82,10 +86,10 @@ class InputBuilder:
                 sampler_logprobs_N=self._joined(sequences, "sampled_logprobs"),
                 advantages_N=self._joined(sequences, "advantages"),
             ),
-            "signal": self._signal([s.score for s in sequences]),
+            "signal": self._signal([s.score for s in sequences], teacher=sequences[0].teacher),
         }
 
-    def _signal(self, scores: Sequence[Any]) -> Signal:
+    def _signal(self, scores: Sequence[Any], *, teacher: str) -> Signal:
         """Concatenate the scores of a micro-batch, all of one kind, into a teacher signal."""
         match scores[0]:
             case SampledScore():
@@ -103,7 +107,7 @@ class InputBuilder:
                 hidden_ND = self._joined(scores, "hidden_ND")
                 bits = hidden_ND.dtype is torch.uint16
                 return HiddenSignal(
-                    hidden_ND=hidden_ND.view(torch.bfloat16) if bits else hidden_ND, head_VD=self.teacher_head_VD
+                    hidden_ND=hidden_ND.view(torch.bfloat16) if bits else hidden_ND, head_VD=self.teacher_heads[teacher]
                 )
 
     def _joined(self, parts: Sequence[Any], name: str) -> torch.Tensor:

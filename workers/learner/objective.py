@@ -5,7 +5,7 @@ Suffixes: N flat response tokens of the rank's share of a batch, B trajectories.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class ObjectiveSetup:
     ids: ObjectiveIds
     temperature: float  # the rollout's
     top_p: float  # the rollout's
-    vocab_size: int  # ids below it are common to both models
+    vocab_size: int  # ids below it are common to all models
+    loss_weights: Mapping[str, float]  # by task; 1 for a task without an entry
 
 
 def objective_options(setup: ObjectiveSetup) -> ObjectiveOptions:
@@ -122,6 +123,7 @@ class TokenPlanner:
 
     def __init__(self, setup: ObjectiveSetup, *, tokenizer: Any) -> None:
         self._config = setup.config
+        self._loss_weights = setup.loss_weights
         self._masked_ids = setup.ids.masked
         mask = self._config.mask
         self._spans = [span.encode() for span in mask.text]
@@ -134,6 +136,9 @@ class TokenPlanner:
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
         kept_N = self._kept(groups, offsets)
         weights_N, denominator = self._normalised(kept_N, offsets)
+        if any(self._loss_weights.get(group.task, 1.0) != 1 for group in groups):
+            of_groups = torch.tensor([self._loss_weights.get(group.task, 1.0) for group in groups])
+            weights_N = weights_N * of_groups.repeat_interleave(torch.tensor([len(g.response_ids) for g in groups]))
         costs_N = _sampled_costs(groups, scores, kept_N=kept_N)
         weight = self._config.weight
         if weight.half_life_tokens is not None:

@@ -16,9 +16,14 @@ class RankBatch:
     """What a rank must know of a batch before it reads any tokens."""
 
     version: int  # of the student, before the update
-    num_groups: int  # this rank's
+    teachers: tuple[str, ...]  # who scored each of this rank's groups
     micro_batches: tuple[tuple[int, ...], ...]  # this rank's sequences, flat over its groups, by micro-batch;
-    # all ranks have equally many: the lighter ones end with empty micro-batches
+    # each of one teacher; all ranks have equally many: the lighter ones end with empty micro-batches
+
+    @property
+    def num_groups(self) -> int:
+        """Return how many groups this rank has."""
+        return len(self.teachers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ transformers and DeepSpeed are imported when a worker is built: the driver needs
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -31,13 +31,13 @@ class LearnerWorker:
         self,
         *,
         student_path: str,
-        teacher_path: str,
+        teacher_paths: Mapping[str, str],
         config: LearnerConfig,
         objective: ObjectiveSetup,
         num_steps: int,
     ) -> None:
         self._student_path = student_path
-        self._teacher_path = teacher_path
+        self._teacher_paths = teacher_paths
         self._config = config
         self._objective = objective
         self._num_steps = num_steps
@@ -76,7 +76,10 @@ class LearnerWorker:
         self._planner = TokenPlanner(self._objective, tokenizer=self._tokenizer())
         self._inputs = InputBuilder(
             device=self._device,
-            teacher_head_VD=load_head(self._teacher_path, vocab_size=self._objective.vocab_size).to(self._device),
+            teacher_heads={
+                name: load_head(path, vocab_size=self._objective.vocab_size).to(self._device)
+                for name, path in self._teacher_paths.items()
+            },
             removed_ids=removed_ids(self._objective),
         )
         self._options = objective_options(self._objective)
@@ -87,7 +90,7 @@ class LearnerWorker:
         totals = Totals(version=batch.version)
         groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
         plan = self._planner.plan(groups, scores)
-        sequences = split_groups(groups, scores, plan)
+        sequences = split_groups(groups, scores, plan, teachers=batch.teachers)
         # DeepSpeed averages gradients over ranks; the loss is a sum over the global batch's tokens.
         scale = self._config.num_ranks / max(self._global_sum(plan.denominator), 1.0)
         options = replace(self._options, diagnostic_tokens=self._objective.config.diagnostic_tokens)
@@ -109,7 +112,7 @@ class LearnerWorker:
     def held_out_kl(self, batch: RankBatch, *groups_and_scores: Any) -> tuple[float, int]:
         """Return the sum of exact KL(student || teacher) in nats over this rank's tokens, and their count."""
         groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
-        sequences = split_groups(groups, scores, sampled_tokens(groups))
+        sequences = split_groups(groups, scores, sampled_tokens(groups), teachers=batch.teachers)
         options = ObjectiveOptions(
             temperature=self._objective.temperature,
             vocab_size=self._objective.vocab_size,

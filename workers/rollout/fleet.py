@@ -61,4 +61,4 @@ class RayRolloutFleet:
         worker: Any = self._workers[self._num_dealt % len(self._workers)]
         self._num_dealt += 1
         summary, group = worker.generate.options(num_returns=2).remote(request)
-        return GroupHandle(summary=summary, group=group)
+        return GroupHandle(task=request.prompt.task, summary=summary, group=group)

@@ -110,6 +110,7 @@ class RolloutWorker:
         prompt_text = self._tokenizer.decode(prompt.ids_P.tolist())
         return GroupSummary(
             prompt_index=prompt.index,
+            task=prompt.task,
             num_prompt_tokens=len(prompt.ids_P),
             response_lengths=tuple(np.diff(group.offsets).tolist()),
             num_loss_tokens=int(group.loss_mask.sum()),
@@ -196,5 +197,5 @@ def _rewards(prompt: Prompt, texts: list[str]) -> Float32:
     """Return the verifier's reward of each response, or none without a reference answer."""
     if prompt.answer is None:
         return np.empty(0, dtype=np.float32)
-    verify = verifier(prompt.task)
+    verify = verifier(prompt.verifier)
     return np.array([verify(text, prompt.answer) for text in texts], dtype=np.float32)

@@ -17,8 +17,9 @@ OFFERED = frozenset(Payload)  # a pooling engine gives hidden states, and from t
 class RayTeacherFleet:
     """`TeacherFleet` on Ray actors."""
 
-    def __init__(self, *, config: TeacherConfig, berth: Berth, arguments: dict[str, Any]) -> None:
+    def __init__(self, *, name: str, config: TeacherConfig, berth: Berth, arguments: dict[str, Any]) -> None:
         self._workers = spawn(TeacherWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
+        self._name = name
         self._num_dealt = 0
 
     def wait_ready(self) -> None:
@@ -38,4 +39,4 @@ class RayTeacherFleet:
         self._num_dealt += 1
         call = worker.score.options(num_returns=2)
         summary, score = call.remote(handle.group, request)
-        return ScoreHandle(summary=summary, score=score)
+        return ScoreHandle(teacher=self._name, summary=summary, score=score)

@@ -29,7 +29,9 @@ def refused(*arguments: str) -> str:
 
 def test_every_key_of_the_schema_is_known_in_dotted_form():
     keys = known_keys()
-    assert {"name", "learner", "learner.lr", "student.build.num_layers", "rollout.engine_args"} <= set(keys)
+    assert {"name", "learner", "learner.lr", "student.build.num_layers", "rollout.engine_args", "tasks.*.share"} <= set(
+        keys
+    )
     assert len(keys) == len(set(keys))
 
 
@@ -60,10 +62,33 @@ def test_overrides_that_compose_pass(arguments: tuple[str, ...]):
         ("max_stalness=1", "max_stalness", "max_staleness"),
         ("student.build.layers=2", "student.build.layers", "student.build.num_layers"),
         ("nme=x", "nme", "name"),
+        ("rollout.max_respones_tokens=3", "rollout.max_respones_tokens", "rollout.max_response_tokens"),
+        ("learner.samples_per_prompt=3", "learner.samples_per_prompt", "eval.samples_per_prompt"),
+        ("eval.top_p=0.5", "eval.top_p", "rollout.top_p"),
+        ("rollout.share=2", "rollout.share", "tasks.*.share"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_nearest_one(override: str, key: str, meant: str):
     assert refused(override) == f"{key}: no such key; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "block"),
+    [
+        ("tasks.sort.share=2", "tasks"),
+        ("+tasks.sort.share=2", "tasks"),
+        ("++tasks.sort={share: 2}", "tasks"),
+        ("teachers.sort.path=a", "teachers"),
+        ("+teachers.sort.path=a", "teachers"),
+    ],
+)
+def test_an_entry_of_a_task_that_is_not_there_yet_is_refused_with_the_way_to_add_it(override: str, block: str):
+    assert refused(override) == f"{block}.sort: no such entry yet; add it whole: '+{block}={{sort: {{...}}}}'"
+
+
+def test_an_entry_of_a_task_may_be_added_whole_and_a_wrong_key_in_it_is_named():
+    check("+tasks={sort: {share: 2}}", "tasks.sort.loss_weight=2", "+teachers={sort: {path: a}}")
+    assert refused("+tasks={sort: {shaer: 2}}").startswith("tasks.sort.shaer: no such key")
 
 
 def test_a_misspelt_block_is_refused_with_the_nearest_key():

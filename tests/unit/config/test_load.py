@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.objective import ObjectiveKind
-from opd_ray.config.schema import Config, DataKind, Dtype, TinyModelConfig, TrackingKind
+from opd_ray.config.schema import Config, DataKind, Dtype, TaskConfig, TeacherConfig, TinyModelConfig, TrackingKind
 
 CHOICES = [
     (group.name, choice.stem)
@@ -33,6 +33,37 @@ def test_the_demo_composes_and_holds_together():
     assert config.learner.num_ranks == 2
     assert config.rollout.dtype is Dtype.float32
     assert isinstance(config.teacher.build, TinyModelConfig)
+
+
+def test_the_demo_of_two_teachers_composes_and_holds_together():
+    config = compose_config("experiment=demo_multi")
+    assert (config.name, config.data.task, config.data.tasks) == ("demo_multi", None, ["sort", "copy"])
+    assert list(config.teachers) == ["sort", "copy"]
+    for task, teacher in config.teachers.items():
+        assert type(teacher) is TeacherConfig
+        assert teacher.build.tasks == [task]
+        assert (teacher.dtype, teacher.engine_args) == (Dtype.float32, config.rollout.engine_args)
+    assert config.teachers["sort"].path != config.teachers["copy"].path
+    assert config.student.build.tasks == ["sort", "copy"]
+
+
+def test_the_demo_of_two_teachers_takes_the_sorting_one_from_the_demo():
+    one, two = compose_config("experiment=demo"), compose_config("experiment=demo_multi")
+    assert (two.teachers["sort"].path, two.teachers["sort"].build) == (one.teacher.path, one.teacher.build)
+    assert two.student.path != one.student.path
+
+
+def test_entries_by_task_are_given_whole_and_may_then_be_changed_key_by_key():
+    config = compose_config(
+        *MANDATORY, "+teachers={sort: {path: a}}", "teachers.sort.num_workers=2", "+tasks={sort: {share: 3}}"
+    )
+    assert config.teachers == {"sort": TeacherConfig(path="a", num_workers=2)}
+    assert config.tasks == {"sort": TaskConfig(share=3.0)}
+
+
+def test_a_teacher_of_a_task_needs_a_path():
+    words = refusal(lambda: compose_config(*MANDATORY, "+teachers={sort: {num_workers: 2}}"))
+    assert words.startswith("teachers.sort.path is not given")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -70,7 +101,7 @@ def test_an_interpolation_is_resolved():
     config = compose_config("experiment=demo", "runs_dir=out/${name}", "data.path=${runs_dir}/x")
     assert config.runs_dir == "out/demo"
     assert config.data.path == "out/demo/x"
-    assert config.teacher.build.task == config.data.task == "sort"
+    assert config.teacher.build.tasks == [config.data.task] == ["sort"]
 
 
 def test_an_interpolation_of_an_unknown_key_is_refused_in_one_line_that_names_the_key():

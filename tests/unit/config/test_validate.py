@@ -16,8 +16,19 @@ def accepted(*overrides: str) -> Config:
 
 
 def test_an_unknown_built_in_task_is_refused_with_the_known_ones():
-    assert refused("data.task=maths") == "data.task=maths: expected a built-in task (sort)"
+    assert refused("data.task=maths") == "data.task=maths: expected a built-in task (copy, sort)"
     assert refused("data.task=null").startswith("data.task=None: expected a built-in task")
+
+
+def test_an_unknown_one_of_several_built_in_tasks_is_refused_with_the_known_ones():
+    assert refused("data.tasks=[sort,maths]") == "data.tasks=maths: expected a built-in task (copy, sort)"
+    assert accepted("data.tasks=[sort,copy]", "data.task=null").data.tasks == ["sort", "copy"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_and_built_in_tasks_do_not_go_together(kind: str):
+    words = refused(f"data={kind}", "data.path=prompts", "data.tasks=[sort,copy]")
+    assert words.startswith(f"data.tasks=['sort', 'copy'] with data={kind}: expected data=task")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -32,7 +43,28 @@ def test_data_from_a_file_may_name_a_verifier_but_no_unknown_one(kind: str):
     assert compose_config(*MANDATORY, *given, "data.task=numeric").data.task == "numeric"
     assert compose_config(*MANDATORY, *given, "data.task=null").data.task is None
     words = refused(*given, "data.task=maths")
-    assert words.startswith("data.task=maths: unknown verifier 'maths': expected one of sort, exact, numeric")
+    assert words.startswith("data.task=maths: unknown verifier 'maths': expected one of sort, copy, exact, numeric")
+
+
+def test_the_task_of_a_file_may_be_any_whose_entry_names_a_known_verifier():
+    given = ("data=jsonl", "data.path=prompts", "data.task=maths")
+    assert accepted(*given, "+tasks={maths: {verifier: numeric}}").data.task == "maths"
+    words = refused(*given, "+tasks={maths: {verifier: algebra}}")
+    assert words.startswith("tasks.maths.verifier=algebra: unknown verifier 'algebra': expected one of sort, copy, exa")
+
+
+def test_the_rule_of_temperature_and_top_p_holds_for_every_task():
+    words = refused("rollout.temperature=0.7", "+tasks={sort: {top_p: 0.9}}")
+    assert words.startswith("rollout.temperature=0.7 with tasks.sort.top_p=0.9: ")
+    accepted("+tasks={sort: {top_p: 0.9}}")
+    accepted("rollout.temperature=0.7", "+tasks={sort: {top_p: 1}}")
+
+
+def test_a_correction_for_the_nucleus_expects_one_nucleus_for_all_tasks():
+    given = ("objective=sampled", "objective.correct_top_p=true", "rollout.top_p=0.9")
+    words = refused(*given, "+tasks={sort: {top_p: 0.8}}")
+    assert words.startswith("objective.correct_top_p=true with tasks.sort.top_p=0.8: expected rollout.top_p=0.9")
+    accepted(*given, "+tasks={sort: {top_p: 0.9}}")
 
 
 def test_temperature_and_top_p_do_not_go_together():
@@ -105,6 +137,14 @@ def test_what_compares_the_samples_of_a_prompt_expects_two_of_them(override: str
     accepted("objective=sampled", f"objective.{override}", "rollout.samples_per_prompt=2")
 
 
+@pytest.mark.parametrize("override", ["baseline=group_mean", "task_reward_weight=0.5"])
+def test_what_compares_the_samples_of_a_prompt_expects_two_of_them_of_every_task(override: str):
+    given = ("objective=sampled", f"objective.{override}", "rollout.samples_per_prompt=2")
+    words = refused(*given, "+tasks={sort: {samples_per_prompt: 1}}")
+    assert words.startswith(f"objective.{override} with tasks.sort.samples_per_prompt=1: expected at least 2")
+    accepted(*given, "+tasks={sort: {samples_per_prompt: 2}}")
+
+
 @pytest.mark.parametrize("baseline", ["none", "kl"])
 def test_one_sample_is_enough_for_the_other_baselines(baseline: str):
     accepted("objective=sampled", f"objective.baseline={baseline}", "rollout.samples_per_prompt=1")
@@ -148,8 +188,17 @@ def test_a_sequence_that_could_fit_no_micro_batch_is_refused_with_its_parts():
     given = ("data.max_prompt_tokens=24", "rollout.max_response_tokens=13")
     words = refused(*given, "learner.max_tokens_per_micro_batch=36")
     assert words.startswith("learner.max_tokens_per_micro_batch=36: expected at least 37")
-    assert "data.max_prompt_tokens=24 + rollout.max_response_tokens=13" in words
+    assert "data.max_prompt_tokens=24 + max_response_tokens=13, the largest of rollout and tasks" in words
     compose_config(*MANDATORY, *given, "learner.max_tokens_per_micro_batch=37")
+
+
+def test_the_longest_sequence_is_that_of_the_task_with_the_longest_responses():
+    given = ("data.max_prompt_tokens=24", "rollout.max_response_tokens=13")
+    tasks = "+tasks={sort: {max_response_tokens: 5}, copy: {max_response_tokens: 40}}"
+    words = refused(*given, tasks, "learner.max_tokens_per_micro_batch=63")
+    assert words.startswith("learner.max_tokens_per_micro_batch=63: expected at least 64")
+    assert "max_response_tokens=40, the largest of rollout and tasks" in words
+    accepted(*given, tasks, "learner.max_tokens_per_micro_batch=64")
 
 
 @pytest.mark.parametrize("share", ["0.5", "2"])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from config_files import refusal
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd_ray.data.models import check_same_tokens, inspect_models
@@ -49,25 +50,46 @@ def save_model(folder: Path, *, vocab_size: int, hidden_size: int) -> Path:
 
 def tokenizer_of(*tokens: str) -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)))
 
 
 def inspect(student: Path | str, teacher: Path | str):
-    return inspect_models(student_path=str(student), teacher_path=str(teacher))
+    return inspect_models(student_path=str(student), teachers={"teacher.path": str(teacher)})
 
 
 def test_two_models_of_one_tokenizer_give_the_rows_that_both_heads_have(whole: Path, tmp_path: Path):
     smaller = save_model(tmp_path / "smaller", vocab_size=20, hidden_size=24)
-    pair = inspect(whole, smaller)
-    assert pair.vocab_size == inspect(smaller, whole).vocab_size == 20
-    assert pair.teacher_hidden_size == 24
-    assert pair.tokenizer("1+2")["input_ids"] == [1, 10, 2]
+    models = inspect(whole, smaller)
+    assert models.vocab_size == inspect(smaller, whole).vocab_size == 20
+    assert models.teacher_hidden_size == 24
+    assert models.tokenizer("1+2")["input_ids"] == [1, 10, 2]
+
+
+def test_of_several_teachers_the_rows_are_those_that_all_heads_have_and_the_width_is_the_largest(
+    whole: Path, tmp_path: Path
+):
+    paths = {"a": (20, 24), "b": (26, 8)}
+    teachers = {
+        f"teachers.{name}.path": str(save_model(tmp_path / name, vocab_size=vocab_size, hidden_size=hidden_size))
+        for name, (vocab_size, hidden_size) in paths.items()
+    }
+    models = inspect_models(student_path=str(whole), teachers=teachers)
+    assert (models.vocab_size, models.teacher_hidden_size) == (20, 24)
+
+
+def test_of_several_teachers_the_one_at_fault_is_named_by_its_key(whole: Path, damaged: Callable[..., Path]):
+    folder = damaged("config.json")
+    teachers = {"teachers.sort.path": str(whole), "teachers.copy.path": str(folder)}
+    words = refusal(lambda: inspect_models(student_path=str(whole), teachers=teachers))
+    assert words.startswith(f"teachers.copy.path={folder}: the folder has no config.json")
+    words = refusal(lambda: check_same_tokens(tokenizer_of("a"), tokenizer_of("b"), key="teachers.copy.path"))
+    assert words.startswith("student.path and teachers.copy.path have different token maps: 1 of 1 ids differ")
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_missing_folder_is_named_by_its_key(whole: Path, tmp_path: Path, role: str):
-    paths = {"student_path": str(whole), "teacher_path": str(whole), f"{role}_path": str(tmp_path / "no")}
-    words = refusal(lambda: inspect_models(**paths))
+    paths = {"student": whole, "teacher": whole, role: tmp_path / "no"}
+    words = refusal(lambda: inspect(**paths))
     assert words.startswith(f"{role}.path={tmp_path}/no: no such folder")
     assert "\n" not in words
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray.data.packing import micro_batches, pad, partition
+from opd_ray.data.packing import micro_batches, micro_batches_by_kind, pad, partition
 
 COSTS = st.lists(st.integers(0, 1000), max_size=40)
 LENGTHS = st.lists(st.integers(1, 64), max_size=40)
@@ -61,6 +61,25 @@ def test_sequences_of_similar_length_share_a_micro_batch():
 def test_a_sequence_that_fits_no_micro_batch_is_refused_with_the_key():
     with pytest.raises(ValueError, match=r"a sequence of 9 tokens .* learner\.max_tokens_per_micro_batch is 8"):
         micro_batches([3, 9], max_tokens=8)
+
+
+@given(items=st.lists(st.tuples(st.integers(1, 64), st.sampled_from("abc"))), max_tokens=st.integers(64, 200))
+def test_micro_batches_by_kind_are_those_of_every_kind_by_itself(items: list[tuple[int, str]], max_tokens: int):
+    lengths, kinds = [length for length, _ in items], [kind for _, kind in items]
+    cuts = micro_batches_by_kind(lengths, kinds, max_tokens=max_tokens)
+    expected = []
+    for kind in sorted(set(kinds)):
+        mine = [i for i in range(len(items)) if kinds[i] == kind]
+        expected += [[mine[i] for i in cut] for cut in micro_batches([lengths[i] for i in mine], max_tokens=max_tokens)]
+    assert cuts == expected
+    assert all(len({kinds[i] for i in cut}) == 1 for cut in cuts)
+    assert sorted(i for cut in cuts for i in cut) == list(range(len(items)))
+
+
+def test_sequences_of_one_kind_are_cut_as_without_kinds():
+    lengths = [10, 2, 9, 2, 2]
+    assert micro_batches_by_kind(lengths, ["a"] * 5, max_tokens=20) == micro_batches(lengths, max_tokens=20)
+    assert micro_batches_by_kind(lengths, ["b", "a", "b", "a", "b"], max_tokens=20) == [[1, 3], [0, 2], [4]]
 
 
 @given(SEQUENCES)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_ray.config.schema import TinyModelConfig
 from opd_ray.data.tasks import TASKS
-from opd_ray.data.tiny_models import _encode, _with_noise, build_tiny_model, build_tokenizer, is_built
+from opd_ray.data.tiny_models import _encode, _examples, _with_noise, build_tiny_model, build_tokenizer, is_built
 
 SPEC = TinyModelConfig(num_layers=1, hidden_size=32, num_heads=1, num_steps=3, batch_size=4)
 
@@ -40,6 +40,25 @@ def test_every_example_of_every_task_survives_the_tokenizer():
         for example in task.examples(num_examples=20, seed=0):
             text = example.prompt + example.answer
             assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_model_of_several_tasks_is_shown_them_in_turn_and_of_each_the_first_examples():
+    spec = replace(SPEC, tasks=["sort", "copy"], seed=4)
+    shown = _examples(spec, num_examples=5)
+    for first, task in enumerate(spec.tasks):
+        of_task = shown[first::2]
+        assert of_task == TASKS[task].examples(num_examples=len(of_task), seed=4)
+
+
+def test_a_model_of_one_task_is_shown_its_examples_alone():
+    assert _examples(SPEC, num_examples=5) == TASKS["sort"].examples(num_examples=5, seed=0)
+
+
+def test_a_model_of_two_tasks_is_built_and_known_by_both(tmp_path: Path):
+    spec = replace(SPEC, tasks=["sort", "copy"])
+    build_tiny_model(tmp_path / "tiny", spec=spec, on_step=ignore_step)
+    assert is_built(tmp_path / "tiny", spec)
+    assert not is_built(tmp_path / "tiny", SPEC)
 
 
 def test_only_the_answer_and_the_end_carry_labels():
@@ -114,8 +133,8 @@ def test_a_model_of_another_spec_is_replaced(tmp_path: Path):
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'sorting': expected one of sort; change \*\.build\.task"):
-        build_tiny_model(tmp_path / "tiny", spec=replace(SPEC, task="sorting"), on_step=ignore_step)
+    with pytest.raises(ValueError, match=r"'sorting': expected one of sort, copy; change \*\.build\.tasks"):
+        build_tiny_model(tmp_path / "tiny", spec=replace(SPEC, tasks=["sort", "sorting"]), on_step=ignore_step)
 
 
 def test_a_folder_made_by_someone_else_is_refused_and_kept(tmp_path: Path):

@@ -13,6 +13,7 @@ def make_group(
     masked: tuple[int, ...] = (),
     truncated: tuple[int, ...] = (),
     rewards: Sequence[float] = (),
+    task: str = "exact",
 ) -> TrajectoryGroup:
     """Return a group whose token n has the log-prob -n/10 and the version n.
 
@@ -32,6 +33,6 @@ def make_group(
         rewards=np.array(rewards, dtype=np.float32),
         finish=np.array([Finish.length if i in truncated else Finish.stop for i in range(len(responses))], np.int8),
         prompt_index=0,
-        task="exact",
+        task=task,
         seed=0,
     )

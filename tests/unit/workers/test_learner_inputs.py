@@ -10,7 +10,7 @@ from workers.learner.objective import TokenPlan, sampled_tokens
 
 FIRST = make_group([1, 2], [11, 12, 13], [21], masked=(1,))
 SECOND = make_group([3], [31, 32])
-HEAD_VD = torch.randn(9, 4)
+HEADS = {"narrow": torch.randn(9, 3), "wide": torch.randn(9, 4)}
 NO_LOGPROBS = np.empty(0, dtype=np.float32)
 # Token 1 was not chosen by the policy, token 5 is masked by the objective.
 PLAN = TokenPlan(
@@ -46,25 +46,26 @@ def hidden_scores(hidden_ND: np.ndarray) -> list[HiddenScore]:
 
 
 def inputs_of(scores: list, order: list[int], *, removed_ids: tuple[int, ...] = ()) -> dict:
-    sequences = split_groups([FIRST, SECOND], scores, PLAN)
-    builder = InputBuilder(device=torch.device("cpu"), teacher_head_VD=HEAD_VD, removed_ids=removed_ids)
+    sequences = split_groups([FIRST, SECOND], scores, PLAN, teachers=["wide", "wide"])
+    builder = InputBuilder(device=torch.device("cpu"), teacher_heads=HEADS, removed_ids=removed_ids)
     return builder.build([sequences[i] for i in order])
 
 
 def test_groups_are_split_into_their_trajectories_in_order_with_their_own_rows():
-    sequences = split_groups([FIRST, SECOND], SAMPLED, PLAN)
+    sequences = split_groups([FIRST, SECOND], SAMPLED, PLAN, teachers=["wide", "narrow"])
     assert [s.prompt_ids.tolist() for s in sequences] == [[1, 2], [1, 2], [3]]
     assert [s.response_ids.tolist() for s in sequences] == [[11, 12, 13], [21], [31, 32]]
     assert [s.token_versions.tolist() for s in sequences] == [[0, 1, 2], [3], [0, 1]]
     assert [s.kept.tolist() for s in sequences] == [[True, False, True], [True], [True, False]]
     assert [s.weights.tolist() for s in sequences] == [[0, 0.125, 0.25], [0.375], [0.5, 0.625]]
     assert [s.advantages.tolist() for s in sequences] == [[0, -0.25, -0.5], [-0.75], [-1.0, -1.25]]
+    assert [s.teacher for s in sequences] == ["wide", "wide", "narrow"]
     assert [s.score.logprobs_N.tolist() for s in sequences] == [[-40, -39, -38], [-37], [-80, -79]]
     np.testing.assert_allclose(sequences[1].sampled_logprobs, [-0.3])
 
 
 def test_splitting_copies_nothing():
-    sequences = split_groups([FIRST], SAMPLED[:1], PLAN)
+    sequences = split_groups([FIRST], SAMPLED[:1], PLAN, teachers=["wide"])
     assert all(np.shares_memory(s.response_ids, FIRST.response_ids) for s in sequences)
     assert all(np.shares_memory(s.weights, PLAN.weights_N.numpy()) for s in sequences)
     assert np.shares_memory(sequences[0].score.logprobs_N, SAMPLED[0].logprobs_N)
@@ -72,11 +73,13 @@ def test_splitting_copies_nothing():
 
 def test_as_many_scores_as_groups_are_expected():
     with pytest.raises(ValueError, match="zip"):
-        split_groups([FIRST, SECOND], SAMPLED[:1], PLAN)
+        split_groups([FIRST, SECOND], SAMPLED[:1], PLAN, teachers=["wide", "wide"])
+    with pytest.raises(ValueError, match="zip"):
+        split_groups([FIRST, SECOND], SAMPLED, PLAN, teachers=["wide"])
 
 
 def test_a_sequence_without_loss_is_masked_whole_and_otherwise_the_same():
-    (sequence, *_) = split_groups([FIRST], SAMPLED[:1], PLAN)
+    (sequence, *_) = split_groups([FIRST], SAMPLED[:1], PLAN, teachers=["wide"])
     silent = sequence.without_loss()
     assert not silent.kept.any()
     assert silent.response_ids is sequence.response_ids
@@ -139,7 +142,20 @@ def test_hidden_scores_in_float32_are_joined_and_come_with_the_teachers_head():
     signal = inputs_of(hidden_scores(hidden_ND.numpy()), [2, 0])["signal"]
     assert isinstance(signal, HiddenSignal)
     assert torch.equal(signal.hidden_ND, hidden_ND[[4, 5, 0, 1, 2]])
-    assert signal.head_VD is HEAD_VD
+    assert signal.head_VD is HEADS["wide"]
+
+
+def test_every_micro_batch_is_given_the_head_of_its_own_teacher():
+    scores = [
+        HiddenScore(hidden_ND=np.zeros((num_tokens, width), dtype=np.float32), sampled_logprobs_N=NO_LOGPROBS)
+        for num_tokens, width in ((4, 4), (2, 3))
+    ]
+    first, _, second = split_groups([FIRST, SECOND], scores, PLAN, teachers=["wide", "narrow"])
+    builder = InputBuilder(device=torch.device("cpu"), teacher_heads=HEADS, removed_ids=())
+    for sequence, teacher in ((first, "wide"), (second, "narrow"), (second.without_loss(), "narrow")):
+        signal = builder.build([sequence])["signal"]
+        assert signal.head_VD is HEADS[teacher]
+        assert signal.head_VD.shape[1] == signal.hidden_ND.shape[1]
 
 
 def test_hidden_scores_that_hold_the_bits_of_bfloat16_become_bfloat16_again():

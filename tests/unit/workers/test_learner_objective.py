@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -42,7 +42,7 @@ EOS, PAD, UNNAMED = 12, 13, 14  # the id of a digit is the digit; the last is a 
 NO_LOGPROBS = np.empty(0, dtype=np.float32)
 
 
-def make_setup(**objective: object) -> ObjectiveSetup:
+def make_setup(loss_weights: Mapping[str, float] | None = None, **objective: object) -> ObjectiveSetup:
     config = ObjectiveConfig(**{"kind": ObjectiveKind.sampled, **objective})
     return ObjectiveSetup(
         config=config,
@@ -50,6 +50,7 @@ def make_setup(**objective: object) -> ObjectiveSetup:
         temperature=0.7,
         top_p=0.9,
         vocab_size=14,
+        loss_weights=loss_weights or {},
     )
 
 
@@ -479,5 +480,48 @@ def test_masked_ids_leave_the_supports_as_the_ids_that_stand_for_them(out_of_sup
         temperature=1.0,
         top_p=1.0,
         vocab_size=9,
+        loss_weights={},
     )
     assert removed_ids(setup) == expected
+
+
+OF_TASKS = [
+    make_group([1], [1, 2], [3, 1], masked=(1,), task="sort"),
+    make_group([1], [2], task="copy"),
+    make_group([1], [1, 2, 3], task="exact"),
+]
+
+
+def weights_with(loss_weights: Mapping[str, float], **objective: object) -> TokenPlan:
+    planner = TokenPlanner(make_setup(loss_weights, **objective), tokenizer=build_tokenizer())
+    return planner.plan(OF_TASKS, make_scores(OF_TASKS))
+
+
+def test_the_tokens_of_a_task_weigh_what_its_entry_says_and_one_without_entry():
+    plan = weights_with({"sort": 0.5, "copy": 3.0})
+    assert plan.weights_N.tolist() == [0.5, 0, 0.5, 0.5, 3, 1, 1, 1]
+    assert plan.weights_N.dtype is torch.float32
+
+
+def test_the_weight_of_a_task_changes_neither_what_is_kept_nor_the_denominator_nor_the_advantages():
+    objective = {"baseline": BaselineKind.group_mean, "discount": 0.5}
+    plain, weighted = weights_with({}, **objective), weights_with({"sort": 0.0, "copy": 3.0}, **objective)
+    assert weighted.weights_N.tolist() == [0, 0, 0, 0, 3, 1, 1, 1]
+    assert torch.equal(weighted.kept_N, plain.kept_N)
+    assert torch.equal(weighted.advantages_N, plain.advantages_N)
+    assert weighted.denominator == plain.denominator == 7.0
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"normalisation": Normalisation.sequence_mean},
+        {"weight": WeightConfig(half_life_tokens=2.0)},
+        {"weight": WeightConfig(drift_rate=0.5)},
+    ],
+)
+def test_the_weight_of_a_task_multiplies_every_other_weight(objective: dict[str, object]):
+    factors = torch.tensor([0.5] * 4 + [3.0] + [1.0] * 3)
+    plain, weighted = weights_with({}, **objective), weights_with({"sort": 0.5, "copy": 3.0}, **objective)
+    torch.testing.assert_close(weighted.weights_N, plain.weights_N * factors)
+    assert not torch.equal(weighted.weights_N, plain.weights_N)

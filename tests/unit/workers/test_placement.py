@@ -1,10 +1,11 @@
 import socket
+from dataclasses import replace
 
 import pytest
 from config_files import compose_config, refusal
 
 from opd_ray.config.schema import ClusterConfig
-from workers.placement import Pool, connect, is_local, pools
+from workers.placement import Pool, connect, is_local, pools, teacher_role
 
 
 def test_each_role_has_a_pool_of_its_own_size_and_needs():
@@ -23,6 +24,27 @@ def test_each_role_has_a_pool_of_its_own_size_and_needs():
         "teacher": Pool(key="teacher.num_workers", num_workers=2, cpus_per_worker=1.5, gpus_per_worker=0.0),
         "learner": Pool(key="learner.num_ranks", num_workers=4, cpus_per_worker=2.0, gpus_per_worker=1.0),
     }
+
+
+def test_every_teacher_has_a_pool_and_those_that_tasks_share_have_one():
+    two = compose_config("experiment=demo_multi", "teachers.copy.num_workers=3", "teachers.sort.gpus_per_worker=1")
+    assert list(pools(two)) == ["rollout", "teacher-sort", "teacher-copy", "learner"]
+    assert pools(two)["teacher-sort"] == Pool(
+        key="teachers.sort.num_workers", num_workers=1, cpus_per_worker=0.25, gpus_per_worker=1.0
+    )
+    assert (pools(two)["teacher-copy"].key, pools(two)["teacher-copy"].num_workers) == ("teachers.copy.num_workers", 3)
+    shared = replace(two, teachers={"sort": two.teachers["sort"], "copy": two.teachers["sort"]})
+    assert list(pools(shared)) == ["rollout", "teacher-sort", "learner"]
+
+
+def test_two_cpus_are_enough_for_the_demo_of_two_teachers():
+    config = compose_config("experiment=demo_multi")
+    assert sum(pool.num_workers * pool.cpus_per_worker for pool in pools(config).values()) <= 2
+
+
+def test_the_role_of_a_teachers_workers_has_its_name():
+    assert teacher_role("teacher") == "teacher"
+    assert teacher_role("sort") == "teacher-sort"
 
 
 def test_the_pools_come_in_the_order_of_the_placement_groups_bundles():

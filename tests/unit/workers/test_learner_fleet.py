@@ -1,0 +1,67 @@
+from collections.abc import Sequence
+
+from fakes import make_summary
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_ray.protocol import GroupSummary
+from workers.learner.fleet import rank_batches
+from workers.learner.report import RankBatch
+
+PROMPT_TOKENS = 2  # of every group of `make_summary`
+GROUPS = st.lists(
+    st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.sampled_from("abc")), min_size=4, max_size=12
+)
+
+
+def split(
+    groups: Sequence[tuple[list[int], str]], *, num_ranks: int, max_tokens: int
+) -> tuple[list[GroupSummary], list[tuple[list[int], RankBatch]]]:
+    """Return the summaries of groups, given by response lengths and teacher, and the ranks' shares."""
+    summaries = [make_summary(*lengths) for lengths, _ in groups]
+    teachers = [teacher for _, teacher in groups]
+    return summaries, rank_batches(summaries, teachers=teachers, num_ranks=num_ranks, max_tokens=max_tokens, version=6)
+
+
+@given(groups=GROUPS, num_ranks=st.integers(1, 4), max_tokens=st.integers(32, 100))
+def test_no_micro_batch_of_any_rank_mixes_teachers_and_every_sequence_is_in_one(
+    groups: list[tuple[list[int], str]], num_ranks: int, max_tokens: int
+):
+    summaries, shares = split(groups, num_ranks=num_ranks, max_tokens=max_tokens)
+    assert sorted(i for share, _ in shares for i in share) == list(range(len(groups)))
+    for share, batch in shares:
+        assert batch.version == 6
+        assert batch.teachers == tuple(groups[i][1] for i in share)
+        of_sequences = [
+            (teacher, length)
+            for i, teacher in zip(share, batch.teachers, strict=True)
+            for length in summaries[i].response_lengths
+        ]
+        assert sorted(n for cut in batch.micro_batches for n in cut) == list(range(len(of_sequences)))
+        for cut in filter(None, batch.micro_batches):
+            assert len({of_sequences[n][0] for n in cut}) == 1
+            assert len(cut) * max(PROMPT_TOKENS + of_sequences[n][1] for n in cut) <= max_tokens
+
+
+@given(groups=GROUPS, num_ranks=st.integers(1, 4), max_tokens=st.integers(32, 100))
+def test_all_ranks_have_groups_and_equally_many_micro_batches_the_empty_ones_at_the_end(
+    groups: list[tuple[list[int], str]], num_ranks: int, max_tokens: int
+):
+    _, shares = split(groups, num_ranks=num_ranks, max_tokens=max_tokens)
+    assert all(share for share, _ in shares)
+    assert len({len(batch.micro_batches) for _, batch in shares}) == 1
+    for _, batch in shares:
+        sizes = [bool(cut) for cut in batch.micro_batches]
+        assert sizes == sorted(sizes, reverse=True)
+    assert any(all(batch.micro_batches) for _, batch in shares)
+
+
+def test_sequences_that_would_fit_into_one_micro_batch_are_cut_by_teacher():
+    _, ((share, batch),) = split([([3, 3], "b"), ([3], "a"), ([3], "b")], num_ranks=1, max_tokens=100)
+    assert share == [0, 1, 2]
+    assert batch.micro_batches == ((2,), (0, 1, 3))
+
+
+def test_one_teacher_is_cut_by_length_alone():
+    _, ((_, batch),) = split([([3, 8], "a"), ([8], "a"), ([3], "a")], num_ranks=1, max_tokens=20)
+    assert batch.micro_batches == ((1, 2), (0, 3))

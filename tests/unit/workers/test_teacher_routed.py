@@ -1,0 +1,45 @@
+from dataclasses import dataclass, field
+
+from opd_ray.config.schema import TeacherConfig
+from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
+from opd_ray.routing import Teachers
+from workers.teacher.routed import RoutedTeachers
+
+ASKED = ScoreRequest(payload=Payload.hidden)
+
+
+@dataclass
+class NamedTeacher:
+    name: str
+    asked: list[ScoreRequest] = field(default_factory=list)
+
+    def score(self, groups: list[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
+        self.asked.append(request)
+        return [ScoreHandle(teacher=self.name, summary=None, score=("score of", g.group)) for g in groups]
+
+
+def route(*tasks: str, of_task: dict[str, str]) -> tuple[list[ScoreHandle], dict[str, NamedTeacher]]:
+    """Return the scores of one group of each task, which is known by its position, and the teachers."""
+    fleets = {name: NamedTeacher(name) for name in sorted(set(of_task.values())) or ["teacher"]}
+    teachers = Teachers(by_name={name: TeacherConfig(path=name) for name in fleets}, of_task=of_task)
+    groups = [GroupHandle(task=task, summary=None, group=position) for position, task in enumerate(tasks)]
+    return RoutedTeachers(fleets, teachers).score(groups, ASKED), fleets
+
+
+def test_every_group_goes_to_the_teacher_of_its_task_and_the_scores_keep_the_order_of_the_groups():
+    scores, fleets = route("b", "a", "b", "c", "a", of_task={"a": "a", "b": "b", "c": "a"})
+    assert [score.teacher for score in scores] == ["b", "a", "b", "a", "a"]
+    assert [score.score for score in scores] == [("score of", position) for position in range(5)]
+    assert fleets["a"].asked == [ASKED] * 3
+    assert fleets["b"].asked == [ASKED] * 2
+
+
+def test_the_one_teacher_scores_the_groups_of_all_tasks():
+    scores, _ = route("b", "a", of_task={})
+    assert [score.teacher for score in scores] == ["teacher", "teacher"]
+
+
+def test_no_groups_are_no_scores_and_nobody_is_asked():
+    scores, fleets = route(of_task={"a": "a"})
+    assert scores == []
+    assert fleets["a"].asked == []

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -154,7 +155,7 @@ class Replicas:
 
     def _request(
         self, replica: _Replica, method: str, path: str, body: bytes | None = None
-    ) -> "aiohttp.client._RequestContextManager":
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         assert self._session is not None, "open() comes first"
         return self._session.request(method, replica.url + path, data=body, proxy=replica.proxy, allow_redirects=False)
 
@@ -216,7 +217,14 @@ def _proxy(url: str) -> str | None:
     """Return the environment's proxy for a URL; a loopback address has none."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    return None if _is_loopback(host) or proxy_bypass(host) else getproxies().get(parts.scheme)
+    if _is_loopback(host) or proxy_bypass(host):
+        return None
+    proxy = getproxies().get(parts.scheme)
+    if proxy is not None and urlsplit(proxy).scheme not in ("http", "https"):
+        raise ValueError(
+            f"the environment's {parts.scheme}_proxy is no http://host:port; change it, or name {host} in no_proxy"
+        )
+    return proxy
 
 
 def _is_loopback(host: str) -> bool:

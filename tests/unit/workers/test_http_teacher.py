@@ -269,6 +269,19 @@ def test_requests_go_to_the_replica_with_the_fewest_and_no_more_at_once_than_all
     assert a.max_running == b.max_running == 2
 
 
+def test_what_a_busy_replica_turns_away_goes_to_another() -> None:
+    a, b = FakeServer(script=[status(429)] * 9), FakeServer()
+
+    async def scenario() -> None:
+        async with teacher_of(a, b) as teacher:
+            await asyncio.sleep(0.1)
+            for _ in range(3):
+                await teacher.score(ONE, SAMPLED)
+
+    asyncio.run(scenario())
+    assert len(a.requests) == len(b.requests) == 3
+
+
 def test_a_dead_replica_is_set_aside_and_taken_back() -> None:
     a, b = FakeServer(), FakeServer()
 

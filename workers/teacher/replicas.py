@@ -65,7 +65,8 @@ class Replicas:
         if self._session is None:
             self._session = self._new_session()
             for replica in self._replicas:
-                self._set_aside(replica, "no answer yet")
+                replica.fault = "no answer yet"
+                self._start_probe(replica)
         limit_s = self._config.start_timeout_s
         try:
             async with asyncio.timeout(limit_s):
@@ -167,6 +168,9 @@ class Replicas:
         _LOG.warning("teacher server %s set aside: %s", replica.url, fault)
         if all(r.fault is not None for r in self._replicas):
             self._any_healthy.clear()
+        self._start_probe(replica)
+
+    def _start_probe(self, replica: _Replica) -> None:
         probe = asyncio.create_task(self._probe(replica))
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)

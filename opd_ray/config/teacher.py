@@ -1,0 +1,50 @@
+"""The configuration of teachers that are not engines of this run."""
+
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+
+def _require(holds: bool, key: str, given: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"teacher.http.{key}={given}: expected {expected}")
+
+
+@dataclass(kw_only=True, slots=True)
+class HttpTeacherConfig:
+    """A teacher behind vLLM servers with an OpenAI-compatible API, all serving the same model.
+
+    A request is given up after max_attempts attempts of timeout_s at most, waiting for a replica included.
+    """
+
+    urls: list[str] = field(default_factory=list)  # one a replica, such as http://host:8000; /v1 at the end is dropped
+    model: str | None = None  # the name it is served under; null: the server's only one
+    api_key_env: str | None = None  # the environment variable that holds the key, never the key; null: no key
+    timeout_s: float = 120.0  # of one attempt
+    max_attempts: int = 6
+    backoff_s: float = 0.5  # before the second attempt; doubles with each
+    max_concurrent_requests: int = 64  # sequences sent at once, per worker
+    start_timeout_s: float = 600.0  # until the first replica answers
+
+    def __post_init__(self) -> None:
+        _require(len(self.urls) > 0, "urls", self.urls, "at least one URL, such as [http://host:8000]")
+        for index, url in enumerate(self.urls):
+            _check_url(f"urls[{index}]", url)
+        _require(len(set(self.urls)) == len(self.urls), "urls", self.urls, "different URLs")
+        variable = self.api_key_env
+        if variable is not None and not (variable.isidentifier() and variable.isascii()):
+            raise ValueError(
+                "teacher.http.api_key_env is no name of an environment variable (not shown here: it may be the key"
+                " itself); export the key in a variable and give the variable's name"
+            )
+        for name in ("timeout_s", "start_timeout_s", "backoff_s"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in ("max_attempts", "max_concurrent_requests"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+
+
+def _check_url(key: str, url: str) -> None:
+    parts = urlsplit(url)
+    if "@" in url:
+        raise ValueError(f"teacher.http.{key} holds credentials; use teacher.http.api_key_env instead")
+    whole = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
+    _require(whole, key, url, "http://host:port or https://host:port")

@@ -5,7 +5,7 @@ Index t of any per-token array speaks of token t itself, never of the next one. 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any, Literal, Protocol
 
@@ -136,6 +136,13 @@ class SampledScore:
     """The teacher's log-prob of each sampled token: 4 bytes a token."""
 
     logprobs_N: Float32  # [N] full vocabulary, at the rollout temperature
+    # [N] false: the teacher says nothing of the token, which belongs in no loss; [0]: all are valid
+    valid_N: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the arrays."""
+        return self.logprobs_N.nbytes + self.valid_N.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +250,7 @@ class Learner(Protocol):
         ...
 
     def held_out_kl(self, batch: Batch) -> float:
-        """Exact full-vocabulary KL(student || teacher) in nats a token on scored hidden states; no update."""
+        """KL(student || teacher) in nats a token, exact on hidden states, else by the sampled tokens; no update."""
         ...
 
     def save(self, folder: str) -> None:

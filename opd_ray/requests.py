@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.config.objective import BaselineKind, ObjectiveConfig, ObjectiveKind, SupportSource, TailKind
-from opd_ray.config.schema import Config
+from opd_ray.config.schema import Config, TeacherConfig
+from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.token_text import token_bytes
 from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
-from opd_ray.routing import task_config
+from opd_ray.routing import task_config, teachers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,17 @@ def score_request(config: ObjectiveConfig) -> ScoreRequest:
                 include_sampled=config.include_sampled,
                 normalised=config.tail is not TailKind.renormalise,
             )
+
+
+def gives_hidden_states(teacher: TeacherConfig) -> bool:
+    """Return whether a teacher's final hidden states can be had, and its head read."""
+    return teacher.kind is TeacherKind.vllm and teacher.alignment is AlignmentKind.none
+
+
+def held_out_request(config: Config) -> ScoreRequest:
+    """Return what teachers must say for the held-out KL: the exact signal where all of them can give it."""
+    exact = all(gives_hidden_states(teacher) for teacher in teachers_of(config).by_name.values())
+    return ScoreRequest(payload=Payload.hidden if exact else Payload.sampled)
 
 
 def check_offered(request: ScoreRequest, *, offered: frozenset[Payload], teacher: str) -> None:

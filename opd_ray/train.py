@@ -26,7 +26,7 @@ from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.protocol import GroupSummary, Metrics
-from opd_ray.requests import check_offered, held_out_samples, objective_ids, score_request, training_samples
+from opd_ray.requests import held_out_request, held_out_samples, objective_ids, score_request, training_samples
 from opd_ray.routing import task_config, teacher_key, teachers_of
 from opd_ray.schedule import Schedule, derive_seed
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
@@ -51,12 +51,18 @@ def train(config: Config, console: RunConsole) -> Metrics:
     _build_missing_models(config, console)
     teachers = teachers_of(config)
     models = inspect_models(
-        student_path=config.student.path, teachers={teacher_key(n): t.path for n, t in teachers.by_name.items()}
+        student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
     for teacher in teachers.by_name.values():
-        check_offered(score_request(config.objective), offered=workers.TEACHER_OFFERS, teacher=teacher.path)
+        for request in (score_request(config.objective), held_out_request(config)):
+            workers.check_teacher(
+                teacher,
+                request,
+                temperature=config.rollout.temperature,
+                has_classes=bool(config.objective.equivalent_tokens),
+            )
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     with workers.connected(config):
         step = claim(run_dir, config.resume)
@@ -177,7 +183,7 @@ def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTr
             mode=config.batch.mode,
             seed=config.seed,
         ),
-        evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets),
+        evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets, asked=held_out_request(config)),
         checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
         tracker=tracker,
     )

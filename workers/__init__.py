@@ -12,18 +12,17 @@ from ray.util.placement_group import remove_placement_group
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.controller import Fleets
 from opd_ray.protocol import RolloutFleet
-from opd_ray.requests import ObjectiveIds
+from opd_ray.requests import ObjectiveIds, gives_hidden_states, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.placement import check_capacity, connect, is_local, pools, reserve, teacher_role
 from workers.rollout.fleet import RayRolloutFleet
-from workers.teacher.fleet import OFFERED as TEACHER_OFFERS
-from workers.teacher.fleet import RayTeacherFleet
+from workers.teacher.fleet import RayTeacherFleet, check_teacher
 from workers.teacher.routed import RoutedTeachers
 
-__all__ = ["TEACHER_OFFERS", "connected", "open_fleets", "teacher_sampler"]
+__all__ = ["check_teacher", "connected", "open_fleets", "teacher_sampler"]
 
 
 @contextmanager
@@ -54,6 +53,8 @@ def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: 
         objective=config.objective,
     )
     teacher_arguments = {
+        "request": score_request(config.objective),
+        "student_path": config.student.path,
         "max_model_tokens": max_tokens,
         "vocab_size": vocab_size,
         "temperature": config.rollout.temperature,
@@ -68,7 +69,7 @@ def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: 
         berth=berths["learner"],
         arguments={
             "student_path": config.student.path,
-            "teacher_paths": {name: t.path for name, t in teachers.by_name.items()},
+            "teacher_paths": {name: t.path for name, t in teachers.by_name.items() if gives_hidden_states(t)},
             "objective": ObjectiveSetup(
                 config=config.objective,
                 ids=ids,

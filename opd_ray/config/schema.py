@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
+from opd_ray.config.teacher import AlignmentKind, HttpTeacherConfig, TeacherKind
 
 
 class ResumePolicy(StrEnum):
@@ -100,7 +101,11 @@ class StudentConfig:
 class TeacherConfig:
     """The frozen model that scores, and its pool of workers."""
 
-    path: str
+    path: str  # kind=http: of its tokenizer alone
+    kind: TeacherKind = TeacherKind.vllm
+    http: HttpTeacherConfig | None = None  # kind=http: where it is served
+    alignment: AlignmentKind = AlignmentKind.none
+    token_map: dict[str, str] = field(default_factory=dict)  # alignment=bytes: student token -> teacher token
     build: TinyModelConfig | None = None
     dtype: Dtype = Dtype.bfloat16
     num_workers: int = 1
@@ -111,6 +116,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= 1, "teacher.num_workers", self.num_workers, "an integer of at least 1")
+        served = self.http is not None
+        _require(served == (self.kind is TeacherKind.http), "teacher.http", self.http, "urls exactly with kind=http")
 
 
 @dataclass(kw_only=True, slots=True)

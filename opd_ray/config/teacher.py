@@ -1,7 +1,22 @@
-"""The configuration of teachers that are not engines of this run."""
+"""The configuration of teachers that are not engines of this run, or have another tokenizer."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from urllib.parse import urlsplit
+
+
+class TeacherKind(StrEnum):
+    """Where a teacher runs."""
+
+    vllm = "vllm"  # engines of this run
+    http = "http"  # vLLM servers elsewhere
+
+
+class AlignmentKind(StrEnum):
+    """What to do about a teacher's tokens."""
+
+    none = "none"  # they must be the student's
+    bytes = "bytes"  # compare spans of text that both tokenizers bound
 
 
 def _require(holds: bool, key: str, given: object, expected: str) -> None:

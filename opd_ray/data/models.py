@@ -8,6 +8,9 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 
+from opd_ray.config.schema import TeacherConfig
+from opd_ray.config.teacher import AlignmentKind, TeacherKind
+from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.data.hub import local_folder
 
 _NUM_NAMED_IDS = 3
@@ -22,22 +25,31 @@ class Models:
     teacher_hidden_size: int  # the largest
 
 
-def inspect_models(*, student_path: str, teachers: Mapping[str, str]) -> Models:
-    """Check student and teachers and return what the run needs of them; teachers maps configuration keys to paths.
+def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) -> Models:
+    """Check student and teachers and return what the run needs of them; teachers maps the keys of
+    their paths to them.
 
     Raises ValueError for a model that is missing or incomplete, and for tokenizers that name ids differently.
     """
     student_folder = _folder("student.path", student_path)
     tokenizer = _tokenizer("student.path", student_folder)
     configs = [_model_config("student.path", student_folder)]
-    for key, path in teachers.items():
-        folder = _folder(key, path)
-        check_same_tokens(tokenizer, _tokenizer(key, folder), key=key)
-        configs.append(_model_config(key, folder))
+    hidden_sizes = [0]
+    for key, teacher in teachers.items():
+        has_weights = teacher.kind is TeacherKind.vllm
+        folder = _folder(key, teacher.path, weights=has_weights)
+        own = _tokenizer(key, folder)
+        if teacher.alignment is AlignmentKind.bytes:
+            ByteAligner(tokenizer, own, token_map=teacher.token_map)
+            continue
+        check_same_tokens(tokenizer, own, key=key)
+        if has_weights:
+            configs.append(_model_config(key, folder))
+            hidden_sizes.append(configs[-1].hidden_size)
     return Models(
         tokenizer=tokenizer,
         vocab_size=min(config.vocab_size for config in configs),
-        teacher_hidden_size=max(config.hidden_size for config in configs[1:]),
+        teacher_hidden_size=max(hidden_sizes),
     )
 
 
@@ -54,11 +66,11 @@ def check_same_tokens(student: Any, teacher: Any, *, key: str = "teacher.path") 
         )
         raise ValueError(
             f"student.path and {key} have different token maps: {len(differing)} of {len(ids)} ids differ"
-            f" ({named}); expected two models with one tokenizer"
+            f" ({named}); expected two models with one tokenizer, or {key.removesuffix('.path')}.alignment=bytes"
         )
 
 
-def _folder(key: str, path: str) -> Path:
+def _folder(key: str, path: str, *, weights: bool = True) -> Path:
     if Path(path).is_file():
         raise ValueError(f"{key}={path}: is a file, expected a Hugging Face folder")
     try:
@@ -68,6 +80,8 @@ def _folder(key: str, path: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{key}={path}: no such folder, and not found on the Hugging Face hub ({reason})") from None
+    if not weights:
+        return folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{key}={path}: the folder has no config.json, expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):

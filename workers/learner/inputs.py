@@ -120,7 +120,7 @@ class InputBuilder:
 def _rows(score: Score, rows: slice) -> Score:
     match score:
         case SampledScore():
-            return SampledScore(logprobs_N=score.logprobs_N[rows])
+            return SampledScore(logprobs_N=score.logprobs_N[rows], valid_N=score.valid_N[rows])
         case SupportScore():
             return SupportScore(
                 ids_NK=score.ids_NK[rows],

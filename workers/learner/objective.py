@@ -107,9 +107,9 @@ class TokenPlan:
     denominator: float  # this rank's share: its tokens, or its sequences, with a loss
 
 
-def sampled_tokens(groups: Sequence[TrajectoryGroup]) -> TokenPlan:
+def sampled_tokens(groups: Sequence[TrajectoryGroup], scores: Sequence[Score]) -> TokenPlan:
     """Return the plan in which every token that the policy chose counts alike."""
-    kept_N = torch.from_numpy(np.concatenate([group.loss_mask for group in groups]))
+    kept_N = torch.from_numpy(np.concatenate([group.loss_mask for group in groups])) & _valid(groups, scores)
     return TokenPlan(
         kept_N=kept_N,
         weights_N=kept_N.float(),
@@ -134,7 +134,7 @@ class TokenPlanner:
         """Return the plan of all tokens of all groups, laid end to end."""
         lengths = np.concatenate([np.diff(group.offsets) for group in groups])
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-        kept_N = self._kept(groups, offsets)
+        kept_N = self._kept(groups, offsets) & _valid(groups, scores)
         weights_N, denominator = self._normalised(kept_N, offsets)
         if any(self._loss_weights.get(group.task, 1.0) != 1 for group in groups):
             of_groups = torch.tensor([self._loss_weights.get(group.task, 1.0) for group in groups])
@@ -203,6 +203,18 @@ class TokenPlanner:
             normalised_B = config.task_reward_weight * group_normalised(rewards_B, group_B=group_B)
             advantages_N = advantages_N + torch.repeat_interleave(normalised_B, offsets.diff())
         return advantages_N
+
+
+def _valid(groups: Sequence[TrajectoryGroup], scores: Sequence[Score]) -> Tensor:
+    """Return false at the tokens of which a teacher with another tokenizer says nothing, [N]."""
+    return torch.cat(
+        [
+            torch.from_numpy(score.valid_N)
+            if isinstance(score, SampledScore) and len(score.valid_N)
+            else torch.ones(len(group.response_ids), dtype=torch.bool)
+            for group, score in zip(groups, scores, strict=True)
+        ]
+    )
 
 
 def _sampled_costs(groups: Sequence[TrajectoryGroup], scores: Sequence[Score], *, kept_N: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ray.util import get_node_ip_address
 
 from opd_ray.config.schema import LearnerConfig
 from opd_ray.objectives import Losses, ObjectiveOptions
+from opd_ray.protocol import HiddenScore
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
@@ -110,9 +111,13 @@ class LearnerWorker:
 
     @torch.no_grad()
     def held_out_kl(self, batch: RankBatch, *groups_and_scores: Any) -> tuple[float, int]:
-        """Return the sum of exact KL(student || teacher) in nats over this rank's tokens, and their count."""
+        """Return the sum of KL(student || teacher) in nats over this rank's tokens, and their count.
+
+        Exact where the teacher gave hidden states; else log p - log q of the sampled tokens, unbiased but noisy.
+        """
         groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
-        sequences = split_groups(groups, scores, sampled_tokens(groups), teachers=batch.teachers)
+        sequences = split_groups(groups, scores, sampled_tokens(groups, scores), teachers=batch.teachers)
+        objective = "full" if isinstance(scores[0], HiddenScore) else "sampled"
         options = ObjectiveOptions(
             temperature=self._objective.temperature,
             vocab_size=self._objective.vocab_size,
@@ -121,7 +126,7 @@ class LearnerWorker:
         total, num_tokens = 0.0, 0
         for indices in batch.micro_batches:
             micro_batch = self._micro_batch(sequences, indices)
-            losses = self._forward(micro_batch, objective="full", options=options)
+            losses = self._forward(micro_batch, objective=objective, options=options)
             total += float(losses.divergence_N.sum())
             num_tokens += sum(int(s.kept.sum()) for s in micro_batch)
         return total, num_tokens

@@ -6,19 +6,36 @@ from typing import Any
 import ray
 
 from opd_ray.config.schema import TeacherConfig
+from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
+from opd_ray.requests import check_offered
 from workers.fleet import Berth, kill, spawn
-from workers.teacher.worker import TeacherWorker
+from workers.teacher.actor import TeacherActor
+from workers.teacher.http import check_request, offered
 
-OFFERED = frozenset(Payload)  # a pooling engine gives hidden states, and from them everything
-"""What these teachers can say."""
+
+def check_teacher(config: TeacherConfig, request: ScoreRequest, *, temperature: float, has_classes: bool) -> None:
+    """Raise ValueError when a teacher cannot say what the objective needs."""
+    sayable = frozenset(Payload)  # a pooling engine gives hidden states, and from them everything
+    if config.alignment is AlignmentKind.bytes:
+        sayable = frozenset({Payload.sampled})
+    if config.kind is TeacherKind.http:
+        sayable &= offered(temperature)
+    if config.alignment is AlignmentKind.bytes and has_classes:
+        raise ValueError(
+            f"objective.equivalent_tokens with {config.path}: a teacher with another tokenizer does not know these"
+            " tokens; map them by teacher.token_map"
+        )
+    check_offered(request, offered=sayable, teacher=config.path)
+    if config.kind is TeacherKind.http:
+        check_request(request, temperature=temperature)
 
 
 class RayTeacherFleet:
     """`TeacherFleet` on Ray actors."""
 
     def __init__(self, *, name: str, config: TeacherConfig, berth: Berth, arguments: dict[str, Any]) -> None:
-        self._workers = spawn(TeacherWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
+        self._workers = spawn(TeacherActor, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
         self._name = name
         self._num_dealt = 0
 

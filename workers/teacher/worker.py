@@ -121,7 +121,7 @@ def num_bytes(score: Score) -> int:
     """Return the size of a score's arrays."""
     match score:
         case SampledScore():
-            return score.logprobs_N.nbytes
+            return score.num_bytes
         case SupportScore():
             return score.ids_NK.nbytes + score.logprobs_NK.nbytes + score.sampled_logprobs_N.nbytes
         case HiddenScore():

@@ -48,21 +48,14 @@ def train(config: Config, console: RunConsole) -> Metrics:
     start = time.perf_counter()
     run_dir = RunDir.of(config)
     check_free(run_dir, config.resume)
-    _build_missing_models(config, console)
     teachers = teachers_of(config)
+    workers.check_teachers(config, teachers.by_name.values())
+    _build_missing_models(config, console)
     models = inspect_models(
         student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
-    for teacher in teachers.by_name.values():
-        for request in (score_request(config.objective), held_out_request(config)):
-            workers.check_teacher(
-                teacher,
-                request,
-                temperature=config.rollout.temperature,
-                has_classes=bool(config.objective.equivalent_tokens),
-            )
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     with workers.connected(config):
         step = claim(run_dir, config.resume)

@@ -19,10 +19,10 @@ from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.placement import check_capacity, connect, is_local, pools, reserve, teacher_role
 from workers.rollout.fleet import RayRolloutFleet
-from workers.teacher.fleet import RayTeacherFleet, check_teacher
+from workers.teacher.fleet import RayTeacherFleet, check_teachers
 from workers.teacher.routed import RoutedTeachers
 
-__all__ = ["check_teacher", "connected", "open_fleets", "teacher_sampler"]
+__all__ = ["check_teachers", "connected", "open_fleets", "teacher_sampler"]
 
 
 @contextmanager

@@ -14,20 +14,20 @@ HELD_OUT = HeldOut(prompts=[make_prompt(i) for i in range(3)], sampling={"exact"
 
 def test_evaluation_gives_accuracy_average_and_kl():
     fleets = fake_fleets([], rewards=[1.0, 0.0])
-    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN).evaluate(2)
     assert metrics.pop("time/eval_s") >= 0
     assert metrics == {"eval/reverse_kl": 0.75, "eval/accuracy": 0.5, "eval/accuracy_avg": 0.5}
 
 
 def test_accuracies_are_left_out_where_prompts_have_no_answers():
-    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fake_fleets([])).evaluate(2)
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fake_fleets([]), asked=HIDDEN).evaluate(2)
     assert set(metrics) == {"eval/reverse_kl", "time/eval_s"}
 
 
 def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_learned():
     events: list[Event] = []
     fleets = fake_fleets(events)
-    FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
+    FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN).evaluate(2)
     assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, HIDDEN), ("held_out_kl", 2)]
     (batch,) = fleets.learner.batches
     sampled = fleets.rollout.requests[3:]
@@ -37,7 +37,7 @@ def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_
 
 def test_one_pass_is_greedy_and_the_other_is_sampled_as_in_training():
     fleets = fake_fleets([])
-    FleetEvaluator(held_out=HELD_OUT, fleets=fleets).evaluate(2)
+    FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN).evaluate(2)
     greedy, sampled = fleets.rollout.requests[:3], fleets.rollout.requests[3:]
     assert all(
         r.sampling == replace(SAMPLING, num_samples=1, temperature=0.0, top_p=1.0) and r.version == 2 for r in greedy
@@ -48,7 +48,7 @@ def test_one_pass_is_greedy_and_the_other_is_sampled_as_in_training():
 
 def test_every_evaluation_uses_the_same_seeds_and_every_prompt_its_own():
     fleets = fake_fleets([])
-    evaluator = FleetEvaluator(held_out=HELD_OUT, fleets=fleets)
+    evaluator = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN)
     evaluator.evaluate(0)
     evaluator.evaluate(9)
     seeds = [request.seed for request in fleets.rollout.requests]
@@ -68,7 +68,7 @@ def test_with_several_tasks_each_has_its_own_numbers_and_its_own_sampling():
     prompts = [make_prompt(0), make_prompt(1, task="sort"), make_prompt(2, task="sort")]
     held_out = HeldOut(prompts=prompts, sampling={"exact": SAMPLING, "sort": other}, seed=5)
     fleets = fake_fleets([], rewards=[1.0, 0.0])
-    metrics = FleetEvaluator(held_out=held_out, fleets=fleets).evaluate(2)
+    metrics = FleetEvaluator(held_out=held_out, fleets=fleets, asked=HIDDEN).evaluate(2)
     names = {"eval/reverse_kl", "eval/accuracy", "eval/accuracy_avg"}
     assert set(metrics) == {"time/eval_s"} | {n + task for n in names for task in ("", "_exact", "_sort")}
     assert [r.sampling for r in fleets.rollout.requests[3:]] == [SAMPLING, other, other]

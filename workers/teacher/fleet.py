@@ -1,33 +1,39 @@
 """The pool of teacher workers: a group's score is a function of its reference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
 
-from opd_ray.config.schema import TeacherConfig
+from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
-from opd_ray.requests import check_offered
+from opd_ray.requests import check_offered, held_out_request, score_request
 from workers.fleet import Berth, kill, spawn
 from workers.teacher.actor import TeacherActor
 from workers.teacher.http import check_request, offered
 
 
-def check_teacher(config: TeacherConfig, request: ScoreRequest, *, temperature: float, has_classes: bool) -> None:
-    """Raise ValueError when a teacher cannot say what the objective needs."""
+def check_teachers(config: Config, teachers: Iterable[TeacherConfig]) -> None:
+    """Raise ValueError when a teacher cannot say what training and evaluation ask of it."""
+    for teacher in teachers:
+        if teacher.alignment is AlignmentKind.bytes and config.objective.equivalent_tokens:
+            raise ValueError(
+                f"objective.equivalent_tokens with {teacher.path}: a teacher with another tokenizer does not know these"
+                " tokens; map them by teacher.token_map"
+            )
+        for request in (score_request(config.objective), held_out_request(config)):
+            _check_request(teacher, request, temperature=config.rollout.temperature)
+
+
+def _check_request(teacher: TeacherConfig, request: ScoreRequest, *, temperature: float) -> None:
     sayable = frozenset(Payload)  # a pooling engine gives hidden states, and from them everything
-    if config.alignment is AlignmentKind.bytes:
+    if teacher.alignment is AlignmentKind.bytes:
         sayable = frozenset({Payload.sampled})
-    if config.kind is TeacherKind.http:
+    if teacher.kind is TeacherKind.http:
         sayable &= offered(temperature)
-    if config.alignment is AlignmentKind.bytes and has_classes:
-        raise ValueError(
-            f"objective.equivalent_tokens with {config.path}: a teacher with another tokenizer does not know these"
-            " tokens; map them by teacher.token_map"
-        )
-    check_offered(request, offered=sayable, teacher=config.path)
-    if config.kind is TeacherKind.http:
+    check_offered(request, offered=sayable, teacher=teacher.path)
+    if teacher.kind is TeacherKind.http:
         check_request(request, temperature=temperature)
 
 

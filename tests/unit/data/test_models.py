@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from opd_ray.config.schema import TeacherConfig
 from opd_ray.data.models import check_same_tokens, inspect_models
 from opd_ray.data.tiny_models import build_tokenizer
 
@@ -54,7 +55,7 @@ def tokenizer_of(*tokens: str) -> PreTrainedTokenizerFast:
 
 
 def inspect(student: Path | str, teacher: Path | str):
-    return inspect_models(student_path=str(student), teachers={"teacher.path": str(teacher)})
+    return inspect_models(student_path=str(student), teachers={"teacher.path": TeacherConfig(path=str(teacher))})
 
 
 def test_two_models_of_one_tokenizer_give_the_rows_that_both_heads_have(whole: Path, tmp_path: Path):
@@ -70,7 +71,9 @@ def test_of_several_teachers_the_rows_are_those_that_all_heads_have_and_the_widt
 ):
     paths = {"a": (20, 24), "b": (26, 8)}
     teachers = {
-        f"teachers.{name}.path": str(save_model(tmp_path / name, vocab_size=vocab_size, hidden_size=hidden_size))
+        f"teachers.{name}.path": TeacherConfig(
+            path=str(save_model(tmp_path / name, vocab_size=vocab_size, hidden_size=hidden_size))
+        )
         for name, (vocab_size, hidden_size) in paths.items()
     }
     models = inspect_models(student_path=str(whole), teachers=teachers)
@@ -79,7 +82,10 @@ def test_of_several_teachers_the_rows_are_those_that_all_heads_have_and_the_widt
 
 def test_of_several_teachers_the_one_at_fault_is_named_by_its_key(whole: Path, damaged: Callable[..., Path]):
     folder = damaged("config.json")
-    teachers = {"teachers.sort.path": str(whole), "teachers.copy.path": str(folder)}
+    teachers = {
+        "teachers.sort.path": TeacherConfig(path=str(whole)),
+        "teachers.copy.path": TeacherConfig(path=str(folder)),
+    }
     words = refusal(lambda: inspect_models(student_path=str(whole), teachers=teachers))
     assert words.startswith(f"teachers.copy.path={folder}: the folder has no config.json")
     words = refusal(lambda: check_same_tokens(tokenizer_of("a"), tokenizer_of("b"), key="teachers.copy.path"))

@@ -88,7 +88,7 @@ def test_a_sequence_without_loss_is_masked_whole_and_otherwise_the_same():
 
 
 def test_without_an_objective_every_token_that_the_policy_chose_counts_alike():
-    plan = sampled_tokens([FIRST, SECOND])
+    plan = sampled_tokens([FIRST, SECOND], SAMPLED)
     assert plan.kept_N.tolist() == [True, False, True, True, True, True]
     assert plan.weights_N.tolist() == [1, 0, 1, 1, 1, 1]
     assert plan.advantages_N.tolist() == [0] * 6
@@ -163,3 +163,9 @@ def test_hidden_scores_that_hold_the_bits_of_bfloat16_become_bfloat16_again():
     signal = inputs_of(hidden_scores(hidden_ND.view(torch.uint16).numpy()), [2, 0])["signal"]
     assert signal.hidden_ND.dtype is torch.bfloat16
     assert torch.equal(signal.hidden_ND, hidden_ND[[4, 5, 0, 1, 2]])
+
+
+def test_tokens_of_which_the_teacher_says_nothing_count_nowhere():
+    valid_N = np.array([True, True, True, False])
+    scores = [SampledScore(logprobs_N=SAMPLED[0].logprobs_N, valid_N=valid_N), SAMPLED[1]]
+    assert sampled_tokens([FIRST, SECOND], scores).kept_N.tolist() == [True, False, True, False, True, True]

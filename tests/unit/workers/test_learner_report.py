@@ -33,7 +33,7 @@ def sequences(*lengths: int, masked: tuple[int, ...] = ()) -> list[ScoredSequenc
     """Return one group's trajectories; token n of the group has the version n and the sampler's log-prob -n/10."""
     group = make_group([1], *([5] * length for length in lengths), masked=masked)
     score = SampledScore(logprobs_N=np.zeros(sum(lengths), dtype=np.float32))
-    return split_groups([group], [score], sampled_tokens([group]), teachers=["teacher"])
+    return split_groups([group], [score], sampled_tokens([group], [score]), teachers=["teacher"])
 
 
 def losses(

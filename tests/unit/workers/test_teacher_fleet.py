@@ -47,6 +47,6 @@ def test_a_teacher_that_cannot_is_refused_with_the_reason(overrides: list[str], 
     assert words in refusal(lambda: check(*overrides))
 
 
-@pytest.mark.parametrize("overrides", [["+teacher.http.urls=[]"], ["teacher.kind=http"]])
+@pytest.mark.parametrize("overrides", [['teacher.http={urls:["http://127.0.0.1:9"]}'], ["teacher.kind=http"]])
 def test_urls_are_given_exactly_with_a_teacher_behind_a_server(overrides: list[str]):
     assert "teacher.http" in refusal(lambda: compose_config("experiment=demo", *overrides))

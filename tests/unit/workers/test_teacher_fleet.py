@@ -3,6 +3,8 @@
 import pytest
 from config_files import compose_config, refusal
 
+from opd_ray.config.schema import TeacherConfig
+from opd_ray.config.teacher import HttpTeacherConfig, TeacherKind
 from opd_ray.routing import teachers_of
 from workers import check_teachers
 
@@ -47,6 +49,9 @@ def test_a_teacher_that_cannot_is_refused_with_the_reason(overrides: list[str], 
     assert words in refusal(lambda: check(*overrides))
 
 
-@pytest.mark.parametrize("overrides", [['teacher.http={urls:["http://127.0.0.1:9"]}'], ["teacher.kind=http"]])
-def test_urls_are_given_exactly_with_a_teacher_behind_a_server(overrides: list[str]):
-    assert "teacher.http" in refusal(lambda: compose_config("experiment=demo", *overrides))
+@pytest.mark.parametrize(
+    ("kind", "http"), [(TeacherKind.http, None), (TeacherKind.vllm, HttpTeacherConfig(urls=["http://127.0.0.1:9"]))]
+)
+def test_urls_are_given_exactly_with_a_teacher_behind_a_server(kind: TeacherKind, http: HttpTeacherConfig | None):
+    with pytest.raises(ValueError, match=r"teacher\.http=.*: expected urls exactly with kind=http"):
+        TeacherConfig(path="teacher", kind=kind, http=http)

@@ -30,7 +30,8 @@ class RankBatch:
 class RankReport:
     """Sums and maxima over a rank's tokens."""
 
-    loss_sum: float
+    loss_sum: float  # of token losses times their weights
+    denominator: float  # this rank's part of what the global sum is divided by
     divergence_sum: float  # nats
     num_tokens: int  # that count
     num_sampled: int  # all response tokens, masked ones too
@@ -64,7 +65,7 @@ class Totals:
     def add(self, losses: Losses, sequences: Sequence[ScoredSequence]) -> None:
         """Add one micro-batch."""
         mask = torch.from_numpy(np.concatenate([s.kept for s in sequences]))
-        self.loss.append(losses.loss_N.sum())
+        self.loss.append(losses.loss.detach())
         self.divergence.append(losses.divergence_N.sum())
         self.num_tokens += int(mask.sum())
         self.num_sampled += len(mask)
@@ -92,11 +93,12 @@ class Totals:
         self.gaps.append(gap[mask[known].to(gap.device)])
         self.ages.append(sequence_age[known][mask[known]].to(gap.device))
 
-    def report(self, *, grad_norm: float, lr: float, learn_s: float) -> RankReport:
+    def report(self, *, denominator: float, grad_norm: float, lr: float, learn_s: float) -> RankReport:
         """Read the sums off the device, once."""
         gaps, ages = torch.cat(self.gaps), torch.cat(self.ages)
         return RankReport(
             loss_sum=float(torch.stack(self.loss).sum()),
+            denominator=denominator,
             divergence_sum=float(torch.stack(self.divergence).sum()),
             num_tokens=self.num_tokens,
             num_sampled=self.num_sampled,
@@ -116,7 +118,7 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
     """Return the update's metrics over all ranks. What no token could show is left out."""
     num_tokens = max(sum(r.num_tokens for r in reports), 1)
     metrics = {
-        "train/loss": sum(r.loss_sum for r in reports) / num_tokens,
+        "train/loss": sum(r.loss_sum for r in reports) / max(sum(r.denominator for r in reports), 1.0),
         "train/grad_norm": reports[0].grad_norm,
         "train/lr": reports[0].lr,
         "train/token_age_mean": sum(r.age_sum for r in reports) / num_tokens,

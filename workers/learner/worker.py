@@ -104,6 +104,7 @@ class LearnerWorker:
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
         return totals.report(
+            denominator=plan.denominator,
             grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
             lr=lr,
             learn_s=time.perf_counter() - start,

@@ -14,6 +14,7 @@ from workers.learner.report import RankReport, Totals, combine, estimate_name
 
 REPORT = RankReport(
     loss_sum=6.0,
+    denominator=3.0,
     divergence_sum=3.0,
     num_tokens=3,
     num_sampled=4,
@@ -45,7 +46,7 @@ def losses(
     diagnostics: dict[str, list[float]] | None = None,
 ) -> Losses:
     return Losses(
-        loss=torch.tensor(99.0, requires_grad=True),
+        loss=torch.tensor(2 * sum(loss), dtype=torch.float32, requires_grad=True),  # every token weighs 2
         loss_N=torch.tensor(loss, dtype=torch.float32),
         divergence_N=torch.tensor(divergence, dtype=torch.float32),
         sampled_logprobs_N=torch.tensor(logprobs, dtype=torch.float32),
@@ -55,7 +56,7 @@ def losses(
 
 
 def report_of(totals: Totals) -> RankReport:
-    return totals.report(grad_norm=0.5, lr=1e-3, learn_s=2.0)
+    return totals.report(denominator=3.0, grad_norm=0.5, lr=1e-3, learn_s=2.0)
 
 
 def test_a_ranks_sums_run_over_all_its_micro_batches_and_only_over_tokens_with_a_loss():
@@ -63,7 +64,7 @@ def test_a_ranks_sums_run_over_all_its_micro_batches_and_only_over_tokens_with_a
     totals.add(losses([1.0, 0.0], [0.5, 0.0], [0.0, -0.1]), sequences(1, 1, masked=(1,)))
     totals.add(losses([2.0, 3.0], [0.25, 0.25], [0.0, -0.1]), sequences(2))
     report = report_of(totals)
-    assert (report.loss_sum, report.divergence_sum, report.num_tokens, report.num_sampled) == (6.0, 1.0, 3, 4)
+    assert (report.loss_sum, report.divergence_sum, report.num_tokens, report.num_sampled) == (12.0, 1.0, 3, 4)
     assert report.age_sum == 3 + (3 + 2)
     assert (report.grad_norm, report.lr, report.learn_s) == (0.5, 1e-3, 2.0)
 
@@ -158,7 +159,16 @@ def test_an_empty_micro_batch_adds_nothing():
 
 
 def test_the_metrics_of_an_update_are_means_over_the_tokens_of_all_ranks():
-    other = replace(REPORT, loss_sum=2.0, divergence_sum=5.0, num_tokens=1, age_sum=2.0, learn_s=3.0, fresh_gap_max=0.5)
+    other = replace(
+        REPORT,
+        loss_sum=2.0,
+        denominator=1.0,
+        divergence_sum=5.0,
+        num_tokens=1,
+        age_sum=2.0,
+        learn_s=3.0,
+        fresh_gap_max=0.5,
+    )
     assert combine([REPORT, other], estimate="reverse_kl_support") == {
         "train/loss": 2.0,
         "train/grad_norm": 0.5,
@@ -181,12 +191,12 @@ def test_a_gap_that_no_token_could_show_is_left_out():
 
 
 def test_a_rank_without_tokens_does_not_disturb_the_means():
-    empty = replace(REPORT, loss_sum=0.0, divergence_sum=0.0, num_tokens=0, fresh_gap_max=-1.0)
+    empty = replace(REPORT, loss_sum=0.0, denominator=0.0, divergence_sum=0.0, num_tokens=0, fresh_gap_max=-1.0)
     assert combine([REPORT, empty], estimate="jsd_full")["train/loss"] == 2.0
 
 
 def test_an_update_without_any_token_that_counts_has_metrics_of_zero():
-    empty = replace(REPORT, loss_sum=0.0, divergence_sum=0.0, num_tokens=0, fresh_gap_max=-1.0)
+    empty = replace(REPORT, loss_sum=0.0, denominator=0.0, divergence_sum=0.0, num_tokens=0, fresh_gap_max=-1.0)
     metrics = combine([empty, empty], estimate="jsd_full")
     assert (metrics["train/loss"], metrics["distill/jsd_full"], metrics["train/kept_token_fraction"]) == (0, 0, 0)
 

@@ -96,15 +96,32 @@ def _check_answers(address: str) -> None:
 
 def check_capacity(all_pools: Sequence[Pool]) -> None:
     """Raise ValueError when the workers ask for more CPUs or GPUs than the whole cluster has."""
-    available = ray.cluster_resources()
-    for resource, needed in _totals(all_pools).items():
-        present = available.get(resource, 0)
+    available = capacity()
+    for resource, needed in totals(all_pools).items():
+        present = available[resource]
         if needed > present:
             asked = ", ".join(f"{p.key}={p.num_workers} x {_share(p, resource):g}" for p in all_pools)
             raise ValueError(
                 f"the run asks for {needed:g} {resource}s and the cluster has {present:g} ({asked}): lower one of"
                 f" these or {'the *.cpus_per_* keys' if resource == 'CPU' else 'use a larger cluster'}"
             )
+
+
+def capacity() -> dict[str, float]:
+    """Return the CPUs and GPUs of the whole connected cluster."""
+    resources = ray.cluster_resources()
+    return {resource: resources.get(resource, 0) for resource in ("CPU", "GPU")}
+
+
+def totals(all_pools: Sequence[Pool]) -> dict[str, float]:
+    """Return the CPUs and GPUs that the pools ask for together."""
+    return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}
+
+
+def dashboard_url() -> str | None:
+    """Return where the connected cluster's dashboard listens, or None without one."""
+    url: str | None = ray.init(ignore_reinit_error=True).address_info["webui_url"]
+    return url or None
 
 
 def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:
@@ -125,7 +142,3 @@ def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:
 
 def _share(pool: Pool, resource: str) -> float:
     return pool.cpus_per_worker if resource == "CPU" else pool.gpus_per_worker
-
-
-def _totals(all_pools: Sequence[Pool]) -> dict[str, float]:
-    return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}

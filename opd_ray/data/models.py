@@ -22,20 +22,35 @@ class Models:
     teacher_hidden_size: int  # the largest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model's folder, opened: everything but the weights."""
+
+    key: str  # configuration key of its path
+    folder: Path
+    tokenizer: Any
+    config: Any  # of the language model
+
+
+def open_model(key: str, path: str) -> ModelFiles:
+    """Open a folder or hub name. Raises ValueError for a model that is missing or incomplete."""
+    folder = _folder(key, path)
+    return ModelFiles(key=key, folder=folder, tokenizer=_tokenizer(key, folder), config=_model_config(key, folder))
+
+
 def inspect_models(*, student_path: str, teachers: Mapping[str, str]) -> Models:
     """Check student and teachers and return what the run needs of them; teachers maps configuration keys to paths.
 
     Raises ValueError for a model that is missing or incomplete, and for tokenizers that name ids differently.
     """
-    student_folder = _folder("student.path", student_path)
-    tokenizer = _tokenizer("student.path", student_folder)
-    configs = [_model_config("student.path", student_folder)]
+    student = open_model("student.path", student_path)
+    configs = [student.config]
     for key, path in teachers.items():
-        folder = _folder(key, path)
-        check_same_tokens(tokenizer, _tokenizer(key, folder), key=key)
-        configs.append(_model_config(key, folder))
+        teacher = open_model(key, path)
+        check_same_tokens(student.tokenizer, teacher.tokenizer, key=key)
+        configs.append(teacher.config)
     return Models(
-        tokenizer=tokenizer,
+        tokenizer=student.tokenizer,
         vocab_size=min(config.vocab_size for config in configs),
         teacher_hidden_size=max(config.hidden_size for config in configs[1:]),
     )

@@ -55,11 +55,12 @@ def examine(config: Config, *, engines: bool) -> list[Finding]:
     with ExitStack() as stack:
         of_cluster = _cluster(config, stack)
         findings += of_cluster
-        fits = all(finding.status is not Status.error for finding in findings)
         if not engines:
             return [*findings, warning("engines", "not checked", "leave --no-engines out")]
-        if models is None or prompts is None or not fits:
-            return [*findings, warning("engines", "not checked: a check above failed", "mend that first")]
+        red = [finding.name for finding in findings if finding.status is Status.error]
+        if models is None or prompts is None or red:
+            reason = f"not checked because of: {', '.join(red) or 'models'}"
+            return [*findings, warning("engines", reason, "mend that first")]
         return [*findings, *_engines(config, models=models, prompts=prompts)]
 
 
@@ -143,13 +144,13 @@ def _credentials(config: Config) -> list[Finding]:
 def _cluster(config: Config, stack: ExitStack) -> list[Finding]:
     """Join or start the cluster until the stack is left."""
     try:
-        stack.enter_context(workers.connected(config))
+        url = stack.enter_context(workers.connected(config))
     except ValueError as refusal:
         return [error("cluster", str(refusal), "change cluster.*, *.num_workers or *.cpus_per_worker")]
     asked, present = workers.totals(list(workers.pools(config).values())), workers.capacity()
     words = ", ".join(f"{asked[kind]:g} of {present[kind]:g} {kind}s" for kind in asked)
     authenticated = os.environ.get("RAY_AUTH_MODE") == "token"
-    return [ok("cluster", f"the run asks for {words}"), dashboard(workers.dashboard_url(), authenticated=authenticated)]
+    return [ok("cluster", f"the run asks for {words}"), dashboard(url, authenticated=authenticated)]
 
 
 def _engines(config: Config, *, models: Models, prompts: PromptSets) -> list[Finding]:

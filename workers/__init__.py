@@ -22,7 +22,6 @@ from workers.placement import (
     capacity,
     check_capacity,
     connect,
-    dashboard_url,
     is_local,
     pools,
     reserve,
@@ -38,7 +37,6 @@ __all__ = [
     "TEACHER_OFFERS",
     "capacity",
     "connected",
-    "dashboard_url",
     "is_local",
     "open_fleets",
     "pools",
@@ -49,15 +47,15 @@ __all__ = [
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Join or start the Ray cluster, check that the run fits it, and leave it at the end.
+def connected(config: Config) -> Iterator[str | None]:
+    """Join or start the Ray cluster, check that the run fits it, and leave it at the end; yields its dashboard's URL.
 
     Raises ValueError when there is no cluster or it is too small.
     """
-    connect(config.cluster)
+    dashboard_url = connect(config.cluster)
     try:
         check_capacity(list(pools(config).values()))
-        yield
+        yield dashboard_url
     finally:
         ray.shutdown()
 

@@ -64,8 +64,10 @@ def is_local(config: ClusterConfig) -> bool:
     return config.address is None and "RAY_ADDRESS" not in os.environ
 
 
-def connect(config: ClusterConfig) -> None:
+def connect(config: ClusterConfig) -> str | None:
     """Join the cluster at `cluster.address` or RAY_ADDRESS; without either start one in this process.
+
+    Returns where its dashboard listens, or None without one.
 
     Raises ValueError when there is no cluster at the address.
     """
@@ -73,11 +75,11 @@ def connect(config: ClusterConfig) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if is_local(config):
         ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        return
+        return None
     key, address = ("cluster.address", config.address) if config.address else ("RAY_ADDRESS", os.environ["RAY_ADDRESS"])
     try:
         _check_answers(address)
-        ray.init(address, **quiet)
+        return ray.init(address, **quiet).dashboard_url or None
     except (OSError, ConnectionError) as error:
         raise ValueError(
             f"{key}={address}: no Ray cluster answers there ({error}); expected host:port of a head node,"
@@ -116,12 +118,6 @@ def capacity() -> dict[str, float]:
 def totals(all_pools: Sequence[Pool]) -> dict[str, float]:
     """Return the CPUs and GPUs that the pools ask for together."""
     return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}
-
-
-def dashboard_url() -> str | None:
-    """Return where the connected cluster's dashboard listens, or None without one."""
-    url: str | None = ray.init(ignore_reinit_error=True).address_info["webui_url"]
-    return url or None
 
 
 def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
-from opd_ray.config.schema import Config, TrackingKind
+from opd_ray.config.schema import Config, ResumePolicy, TrackingKind
 from opd_ray.preflight.finding import GIB, Finding, error, ok, warning
 from opd_ray.state import RunDir, check_free
 
@@ -52,7 +52,8 @@ def disk(config: Config, *, num_parameters: int, free_bytes: int) -> Finding:
     if needed * _ROOM <= free_bytes:
         return ok("disk", found)
     advice = "raise save_every or choose a runs_dir=... with more room"
-    return error("disk", found, advice) if needed > free_bytes else warning("disk", found, advice)
+    certain = config.resume is ResumePolicy.never  # an older run has part of it on the disk already
+    return (error if certain and needed > free_bytes else warning)("disk", found, advice)
 
 
 def free_disk_bytes(config: Config) -> int:

@@ -38,6 +38,8 @@ def test_checkpoints_that_fill_the_disk_are_red_and_those_that_nearly_do_yellow(
     assert judge(71).status is Status.warning
     assert judge(35).status is Status.error
     assert "2 checkpoints and the export need about 36.0 GiB; 35.0 GiB are free" in judge(35).found
+    resumed = compose_config(*MANDATORY, "save_every=2", "resume=auto")  # part of them may be there already
+    assert disk(resumed, num_parameters=GIB, free_bytes=GIB).status is Status.warning
     no_checkpoints = compose_config(*MANDATORY)
     assert disk(no_checkpoints, num_parameters=GIB, free_bytes=8 * GIB).status is Status.ok
 

@@ -6,6 +6,7 @@ Exit code 0: all green or yellow; 1: something red; 2: the command line or the c
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def _models(config: Config) -> tuple[Models | None, list[Finding]]:
         models = inspect_models(student_path=config.student.path, teachers=paths)
     except ValueError as refusal:
         return None, [error("models", str(refusal), "give other models")]
-    found = f"student and {len(paths)} teacher(s) are whole, and their token maps agree"
+    found = f"the files of student and teachers ({len(paths)}) are whole, their token maps agree"
     local = workers.is_local(config.cluster)
     return models, [ok("models", found), *model_findings(config, vocab_size=models.vocab_size, local=local)]
 
@@ -162,12 +163,14 @@ def _engines(config: Config, *, models: Models, prompts: PromptSets) -> list[Fin
         log_dir=Path(tempfile.mkdtemp(prefix="opd-ray-doctor-")),
     )
     try:
-        return engine_findings(test, prompts=prompts.held_out, reference=student_as_teacher(config))
+        findings = engine_findings(test, prompts=prompts.held_out, reference=student_as_teacher(config))
     except RayError as fault:  # first: a worker's ValueError arrives as both
         words = describe(fault, log_dir=test.log_dir)
         return [error("engines", words, f"the workers' logs lie in {test.log_dir}")]
     except ValueError as no_place:
-        return [warning("engines", f"not checked: {no_place}", "wait until the cluster is free, or --no-engines")]
+        findings = [warning("engines", f"not checked: {no_place}", "wait until the cluster is free, or --no-engines")]
+    shutil.rmtree(test.log_dir)
+    return findings
 
 
 if __name__ == "__main__":

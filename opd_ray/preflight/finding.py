@@ -48,5 +48,11 @@ def warnings_of(findings: Sequence[Finding]) -> list[str]:
     return [_line(finding) for finding in findings if finding.status is Status.warning]
 
 
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in words."""
+    unit, name = next((u, n) for u, n in ((GIB, "GiB"), (GIB >> 10, "MiB"), (1, "bytes")) if num_bytes >= u or u == 1)
+    return f"{num_bytes / unit:,.1f} {name}" if unit > 1 else f"{num_bytes:,.0f} bytes"
+
+
 def _line(finding: Finding) -> str:
     return f"{finding.name}: {finding.found}; to change it: {finding.advice}"

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 
 from opd_ray.config.schema import Config, ResumePolicy, TrackingKind
-from opd_ray.preflight.finding import GIB, Finding, error, ok, warning
+from opd_ray.preflight.finding import Finding, error, ok, size, warning
 from opd_ray.state import RunDir, check_free
 
 _CHECKPOINT_BYTES = 16  # of a parameter: the model's and the optimizer's copy and two moments, in float32
@@ -46,9 +46,7 @@ def disk(config: Config, *, num_parameters: int, free_bytes: int) -> Finding:
     """Compare the free disk with the checkpoints to come and the export."""
     num_saves = -(-config.num_steps // config.save_every) if config.save_every else 0
     needed = num_parameters * (_CHECKPOINT_BYTES * num_saves + _EXPORT_BYTES)
-    found = (
-        f"{num_saves} checkpoints and the export need about {needed / GIB:.1f} GiB; {free_bytes / GIB:.1f} GiB are free"
-    )
+    found = f"{num_saves} checkpoints and the export need about {size(needed)}; {size(free_bytes)} are free"
     if needed * _ROOM <= free_bytes:
         return ok("disk", found)
     advice = "raise save_every or choose a runs_dir=... with more room"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from opd_ray.config.schema import Config, Dtype, LearnerConfig, RolloutConfig, TeacherConfig
 from opd_ray.preflight.facts import ModelFacts
-from opd_ray.preflight.finding import GIB, Finding, error, ok, warning
+from opd_ray.preflight.finding import Finding, error, ok, size, warning
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of
 
 _BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -63,7 +63,7 @@ def needs(config: Config, *, student: ModelFacts, teachers: Mapping[str, ModelFa
 
 def memory(pools: Sequence[Need], *, present: Memory) -> Finding:
     """Compare the needs with the GPU of each worker, and the CPU workers' together with the machine's memory."""
-    words = ", ".join(f"{need.role} {need.num_workers} x {_gib(need.bytes_per_worker)}" for need in pools)
+    words = ", ".join(f"{need.role} {need.num_workers} x {size(need.bytes_per_worker)}" for need in pools)
     on_cpu = sum(need.num_workers * need.bytes_per_worker for need in pools if not need.gpus_per_worker)
     on_gpu = max((need.bytes_per_worker / need.gpus_per_worker for need in pools if need.gpus_per_worker), default=0)
     found, worst = f"needed at least: {words}", 0.0
@@ -73,7 +73,7 @@ def memory(pools: Sequence[Need], *, present: Memory) -> Finding:
     ):
         if needed == 0:
             continue
-        found += f"; the {kind} is " + (_gib(there) if there is not None else "not known here")
+        found += f"; the {kind} is " + (size(there) if there is not None else "not known here")
         worst = max(worst, needed / there if there else 0.0)
     advice = (
         "use fewer workers, a shorter data.max_prompt_tokens or rollout.max_response_tokens, a smaller"
@@ -91,7 +91,7 @@ def kv_cache(config: Config, *, student: ModelFacts, teachers: Mapping[str, Mode
     one = {role: _kv_bytes(facts, pool.dtype, tokens=tokens) for role, (pool, facts) in engines.items()}
     told = {role: pool.engine_args[_KV_KEY] for role, (pool, _) in engines.items() if pool.engine_args.get(_KV_KEY)}
     small = [role for role, given in told.items() if given < one[role]]
-    needed = ", ".join(f"{role} {_gib(num_bytes)}" for role, num_bytes in one.items())
+    needed = ", ".join(f"{role} {size(num_bytes)}" for role, num_bytes in one.items())
     found = f"one sequence of {tokens:,} tokens needs: {needed}"
     if not small:
         return ok("KV cache", found)
@@ -125,7 +125,3 @@ def _kv_bytes(facts: ModelFacts, dtype: Dtype, *, tokens: int) -> int:
 
 def _longest(config: Config) -> int:
     return config.data.max_prompt_tokens + max_response_tokens(config)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2g} GiB" if num_bytes < 10 * GIB else f"{num_bytes / GIB:.0f} GiB"

@@ -26,7 +26,7 @@ def test_workers_of_one_machine_share_its_memory():
     assert memory([NEED], present=Memory(machine_bytes=int(8.5 * GIB), gpu_bytes=None)).status is Status.warning
     finding = memory([NEED], present=Memory(machine_bytes=7 * GIB, gpu_bytes=None))
     assert finding.status is Status.error
-    assert "rollout 2 x 4 GiB" in finding.found
+    assert "rollout 2 x 4.0 GiB" in finding.found
 
 
 def test_workers_on_gpus_have_one_each_or_share_it():

@@ -32,7 +32,9 @@ def read_facts(files: ModelFiles) -> ModelFacts:
     config, tokenizer = files.config, files.tokenizer
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     token_of = {index: token for token, index in vocabulary.items()}
-    end_ids = {tokenizer.eos_token_id, *_ids(config.eos_token_id), *_generation_ids(files.folder)} - {None}
+    end_ids = {tokenizer.eos_token_id, *_ids(getattr(config, "eos_token_id", None)), *_generation_ids(files.folder)} - {
+        None
+    }
     return ModelFacts(
         key=files.key,
         special_tokens={role: str(token) for role, token in tokenizer.special_tokens_map.items()},

@@ -1,5 +1,6 @@
 """The doctor on the real stack: a sound set-up is green, one that scores something else is not."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 from helpers import compose_config
+from rich.console import Console
 
 import workers
+from opd_ray.console import RunConsole
 from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import load_prompts
 from opd_ray.doctor import examine
 from opd_ray.engine_checks import EngineTest, engine_findings, student_as_teacher
 from opd_ray.preflight import Status
+from opd_ray.train import train
 
 pytestmark = pytest.mark.ray
 
@@ -75,6 +79,15 @@ def test_the_command_says_in_json_and_by_its_exit_code_what_is_wrong(overrides: 
     run = _doctor("experiment=demo", "objectve=full")
     assert run.returncode == 2
     assert run.stderr == "error: objectve: no such key; did you mean objective?\n"
+
+
+def test_a_run_is_refused_for_what_the_doctor_calls_red_before_any_worker_starts(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    too_long = ["rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"]
+    with pytest.raises(ValueError, match="context: longest sequence 1,024 tokens"):
+        train(compose_config(overrides(*too_long)), RunConsole(Console(file=io.StringIO())))
+    assert not (tmp_path / "runs").exists()
 
 
 def _doctor(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -130,10 +130,11 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _wandb_mode() -> Any:
     """WANDB_MODE decides if set; else online exactly when credentials are present: WANDB_API_KEY or a netrc entry."""
-    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_credentials() else "offline")
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_credentials() else "offline")
 
 
-def _has_wandb_credentials() -> bool:
+def has_wandb_credentials() -> bool:
+    """Whether WANDB_API_KEY is set or the netrc file has an entry; never what it is."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,4 +1,4 @@
-"""Starts a run: `python -m opd_ray.train experiment=demo key=value ...`; the only file that sees both sides."""
+"""Starts a run: `python -m opd_ray.train experiment=demo key=value ...`."""
 
 import os
 import sys
@@ -25,6 +25,7 @@ from opd_ray.data.prompts import PromptSets, TaskPrompts, load_prompts
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
+from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import GroupSummary, Metrics
 from opd_ray.requests import held_out_request, held_out_samples, objective_ids, score_request, training_samples
 from opd_ray.routing import task_config, teacher_key, teachers_of
@@ -33,10 +34,10 @@ from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
 from workers.faults import describe
 
-_CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 _HELD_OUT_SEED_STREAM = 3
 # The driver computes nothing, and transformers' notes and bars would disturb the run's own.
-_QUIET_ENV = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+QUIET_ENV = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _RUN_FAILED, _USER_ERROR, _INTERRUPTED = 1, 2, 130  # exit codes
 
 
@@ -57,11 +58,18 @@ def train(config: Config, console: RunConsole) -> Metrics:
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
+    local = workers.is_local(config.cluster)
+    warnings = warnings_of(
+        [*machine_findings(config), *model_findings(config, vocab_size=models.vocab_size, local=local)]
+    )
     with workers.connected(config):
         step = claim(run_dir, config.resume)
         (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         if prompts.num_dropped:
             record_event(run_dir, kind="prompts_dropped", message=f"{prompts.num_dropped} empty or too long")
+        for warning in warnings:
+            record_event(run_dir, kind="preflight_warning", message=warning)
+            console.say(f"warning: {warning}")
         sinks = open_sinks(config, run_dir)
         words = describe_run(config, models=models, prompts=prompts, run_dir=run_dir, step=step)
         console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
@@ -89,17 +97,17 @@ def train(config: Config, console: RunConsole) -> Metrics:
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line and exit code 2, a failed worker exit code 1."""
-    os.environ.update(_QUIET_ENV)
+    os.environ.update(QUIET_ENV)
     disable_progress_bar()
     register_schema()
     try:
-        sys.argv[1:] = check_overrides(sys.argv[1:], config_dir=_CONFIG_DIR)
+        sys.argv[1:] = check_overrides(sys.argv[1:], config_dir=CONFIG_DIR)
     except ValueError as error:
         _fail(str(error), _USER_ERROR)
     _hydra_main()
 
 
-@hydra.main(version_base="1.3", config_path=str(_CONFIG_DIR), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def _hydra_main(composed: DictConfig) -> None:
     try:
         config = load(composed)

@@ -1,4 +1,4 @@
-"""The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the one public door."""
+"""The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the door of a run; the others open one pool."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,30 +11,50 @@ from ray.util.placement_group import remove_placement_group
 
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.controller import Fleets
-from opd_ray.protocol import RolloutFleet
+from opd_ray.protocol import Payload, RolloutFleet, ScoreRequest
 from opd_ray.requests import ObjectiveIds, gives_hidden_states, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
-from workers.placement import check_capacity, connect, is_local, pools, reserve, teacher_role
+from workers.placement import (
+    Pool,
+    capacity,
+    check_capacity,
+    connect,
+    is_local,
+    pools,
+    reserve,
+    teacher_role,
+    totals,
+)
 from workers.rollout.fleet import RayRolloutFleet
 from workers.teacher.fleet import RayTeacherFleet, check_teachers
 from workers.teacher.routed import RoutedTeachers
 
-__all__ = ["check_teachers", "connected", "open_fleets", "teacher_sampler"]
+__all__ = [
+    "capacity",
+    "check_teachers",
+    "connected",
+    "is_local",
+    "open_fleets",
+    "pools",
+    "teacher_sampler",
+    "teacher_scorer",
+    "totals",
+]
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Join or start the Ray cluster, check that the run fits it, and leave it at the end.
+def connected(config: Config) -> Iterator[str | None]:
+    """Join or start the Ray cluster, check that the run fits it, and leave it at the end; yields its dashboard's URL.
 
     Raises ValueError when there is no cluster or it is too small.
     """
-    connect(config.cluster)
+    dashboard_url = connect(config.cluster)
     try:
         check_capacity(list(pools(config).values()))
-        yield
+        yield dashboard_url
     finally:
         ray.shutdown()
 
@@ -93,30 +113,75 @@ def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: 
 
 
 @contextmanager
-def teacher_sampler(config: Config, teacher: TeacherConfig, *, log_dir: Path) -> Iterator[RolloutFleet]:
+def teacher_sampler(
+    config: Config, teacher: TeacherConfig, *, log_dir: Path, role: str = "teacher-sampler"
+) -> Iterator[RolloutFleet]:
     """Start one rollout worker on a teacher's weights, to measure the teacher itself; it ends on leaving."""
     model = replace(config.rollout, num_workers=1, dtype=teacher.dtype)
     pool = replace(pools(config)["rollout"], num_workers=1)
+    with _berth(config, role=role, pool=pool, log_dir=log_dir) as berth:
+        fleet = RayRolloutFleet(
+            model_path=teacher.path,
+            config=model,
+            objective=config.objective,
+            max_model_tokens=config.data.max_prompt_tokens + max_response_tokens(config),
+            berth=berth,
+        )
+        with _opened(fleet):
+            yield fleet
+
+
+@contextmanager
+def teacher_scorer(
+    config: Config, teacher: TeacherConfig, *, log_dir: Path, role: str, vocab_size: int, temperature: float
+) -> Iterator[RayTeacherFleet]:
+    """Start all workers of one teacher and nothing else, to measure the teacher itself; they end on leaving.
+
+    Ids that the objective counts as one are told apart.
+    """
+    pool = Pool(
+        key="teacher.num_workers",
+        num_workers=teacher.num_workers,
+        cpus_per_worker=teacher.cpus_per_worker,
+        gpus_per_worker=teacher.gpus_per_worker,
+    )
+    arguments = {
+        "request": ScoreRequest(payload=Payload.sampled),
+        "student_path": config.student.path,
+        "max_model_tokens": config.data.max_prompt_tokens + max_response_tokens(config),
+        "vocab_size": vocab_size,
+        "temperature": temperature,
+        "equivalent_ids": (),
+    }
+    with _berth(config, role=role, pool=pool, log_dir=log_dir) as berth:
+        fleet = RayTeacherFleet(name=role, config=teacher, berth=berth, arguments=arguments)
+        with _opened(fleet):
+            yield fleet
+
+
+@contextmanager
+def _opened(fleet: RayRolloutFleet | RayTeacherFleet) -> Iterator[None]:
+    try:
+        fleet.wait_ready()
+        yield
+    finally:
+        fleet.close()
+
+
+@contextmanager
+def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[Berth]:
+    """Reserve a place for one pool alone."""
     group = reserve([pool], timeout_s=config.cluster.placement_timeout_s)
-    fleet = RayRolloutFleet(
-        model_path=teacher.path,
-        config=model,
-        objective=config.objective,
-        max_model_tokens=config.data.max_prompt_tokens + max_response_tokens(config),
-        berth=Berth(
-            role="teacher-sampler",
+    try:
+        yield Berth(
+            role=role,
             pool=pool,
             placement_group=group,
             log_dir=log_dir,
             num_threads=config.cluster.threads_per_worker,
             local=is_local(config.cluster),
-        ),
-    )
-    try:
-        fleet.wait_ready()
-        yield fleet
+        )
     finally:
-        fleet.close()
         remove_placement_group(group)
 
 

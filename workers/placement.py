@@ -64,8 +64,10 @@ def is_local(config: ClusterConfig) -> bool:
     return config.address is None and "RAY_ADDRESS" not in os.environ
 
 
-def connect(config: ClusterConfig) -> None:
+def connect(config: ClusterConfig) -> str | None:
     """Join the cluster at `cluster.address` or RAY_ADDRESS; without either start one in this process.
+
+    Returns where its dashboard listens, or None without one.
 
     Raises ValueError when there is no cluster at the address.
     """
@@ -73,11 +75,11 @@ def connect(config: ClusterConfig) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if is_local(config):
         ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        return
+        return None
     key, address = ("cluster.address", config.address) if config.address else ("RAY_ADDRESS", os.environ["RAY_ADDRESS"])
     try:
         _check_answers(address)
-        ray.init(address, **quiet)
+        return ray.init(address, **quiet).dashboard_url or None
     except (OSError, ConnectionError) as error:
         raise ValueError(
             f"{key}={address}: no Ray cluster answers there ({error}); expected host:port of a head node,"
@@ -96,15 +98,26 @@ def _check_answers(address: str) -> None:
 
 def check_capacity(all_pools: Sequence[Pool]) -> None:
     """Raise ValueError when the workers ask for more CPUs or GPUs than the whole cluster has."""
-    available = ray.cluster_resources()
-    for resource, needed in _totals(all_pools).items():
-        present = available.get(resource, 0)
+    available = capacity()
+    for resource, needed in totals(all_pools).items():
+        present = available[resource]
         if needed > present:
             asked = ", ".join(f"{p.key}={p.num_workers} x {_share(p, resource):g}" for p in all_pools)
             raise ValueError(
                 f"the run asks for {needed:g} {resource}s and the cluster has {present:g} ({asked}): lower one of"
                 f" these or {'the *.cpus_per_* keys' if resource == 'CPU' else 'use a larger cluster'}"
             )
+
+
+def capacity() -> dict[str, float]:
+    """Return the CPUs and GPUs of the whole connected cluster."""
+    resources = ray.cluster_resources()
+    return {resource: resources.get(resource, 0) for resource in ("CPU", "GPU")}
+
+
+def totals(all_pools: Sequence[Pool]) -> dict[str, float]:
+    """Return the CPUs and GPUs that the pools ask for together."""
+    return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}
 
 
 def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:
@@ -125,7 +138,3 @@ def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:
 
 def _share(pool: Pool, resource: str) -> float:
     return pool.cpus_per_worker if resource == "CPU" else pool.gpus_per_worker
-
-
-def _totals(all_pools: Sequence[Pool]) -> dict[str, float]:
-    return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}

@@ -25,29 +25,43 @@ class Models:
     teacher_hidden_size: int  # the largest
 
 
-def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) -> Models:
-    """Check student and teachers and return what the run needs of them; teachers maps the keys of
-    their paths to them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model's folder, opened: everything but the weights."""
 
-    Raises ValueError for a model that is missing or incomplete, and for tokenizers that name ids differently.
+    key: str  # configuration key of its path
+    folder: Path
+    tokenizer: Any
+    config: Any  # of the language model
+
+
+def open_model(key: str, path: str) -> ModelFiles:
+    """Open a folder or hub name. Raises ValueError for a model that is missing or incomplete."""
+    folder = _folder(key, path)
+    return ModelFiles(key=key, folder=folder, tokenizer=_tokenizer(key, folder), config=_model_config(key, folder))
+
+
+def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) -> Models:
+    """Check student and teachers and return what the run needs of them.
+
+    teachers maps the keys of their paths to them. Raises ValueError for a model that is missing or incomplete, and for
+    tokenizers that name ids differently.
     """
-    student_folder = _folder("student.path", student_path)
-    tokenizer = _tokenizer("student.path", student_folder)
-    configs = [_model_config("student.path", student_folder)]
-    hidden_sizes = [0]
+    student = open_model("student.path", student_path)
+    configs, hidden_sizes = [student.config], [0]
     for key, teacher in teachers.items():
         has_weights = teacher.kind is TeacherKind.vllm
         folder = _folder(key, teacher.path, weights=has_weights)
         own = _tokenizer(key, folder)
         if teacher.alignment is AlignmentKind.bytes:
-            ByteAligner(tokenizer, own, token_map=teacher.token_map)
+            ByteAligner(student.tokenizer, own, token_map=teacher.token_map)
             continue
-        check_same_tokens(tokenizer, own, key=key)
+        check_same_tokens(student.tokenizer, own, key=key)
         if has_weights:
             configs.append(_model_config(key, folder))
             hidden_sizes.append(configs[-1].hidden_size)
     return Models(
-        tokenizer=tokenizer,
+        tokenizer=student.tokenizer,
         vocab_size=min(config.vocab_size for config in configs),
         teacher_hidden_size=max(hidden_sizes),
     )

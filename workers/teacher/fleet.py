@@ -53,6 +53,10 @@ class RayTeacherFleet:
         """Dispatch scoring; return at once. Ray starts each call the moment its own group is finished."""
         return [self._score(group, request) for group in groups]
 
+    def score_by_all(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[list[ScoreHandle]]:
+        """Have every worker score the groups, to compare them; return at once, a list for each worker."""
+        return [[self._ask(worker, group, request) for group in groups] for worker in self._workers]
+
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)
@@ -60,6 +64,9 @@ class RayTeacherFleet:
     def _score(self, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
         worker: Any = self._workers[self._num_dealt % len(self._workers)]
         self._num_dealt += 1
+        return self._ask(worker, handle, request)
+
+    def _ask(self, worker: Any, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
         call = worker.score.options(num_returns=2)
         summary, score = call.remote(handle.group, request)
         return ScoreHandle(teacher=self._name, summary=summary, score=score)

@@ -14,7 +14,7 @@ def test_a_worker_needs_weights_cache_and_a_chunk_and_the_learner_its_optimizer(
     config = compose_config(*MANDATORY, "cluster=gpus", "rollout.dtype=float32", "learner.num_ranks=2")
     tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     rollout, teacher, learner = needs(config, student=STUDENT, teachers={"teacher": TEACHER})
-    chunk = 192 * 128 * 4
+    chunk = config.objective.chunk_tokens * 128 * 4
     assert rollout.bytes_per_worker == 4_000_000 + 4 * tokens * 512 + chunk
     assert teacher.bytes_per_worker == 2 * 3_000_000 + 2 * tokens * 512 + chunk
     assert learner.bytes_per_worker == 16_000_000 // 2 + chunk

@@ -46,7 +46,7 @@ def test_other_weights_or_another_temperature_behind_the_score_turn_red(
     overrides: Callable[..., list[str]], tmp_path: Path, model_folder: Any
 ) -> None:
     config = compose_config(overrides("rollout.temperature=0.7"))
-    models = inspect_models(student_path=config.student.path, teachers={"teacher.path": config.teacher.path})
+    models = inspect_models(student_path=config.student.path, teachers={"teacher.path": config.teacher})
     prompts = load_prompts(config, tokenizer=models.tokenizer).held_out
     same = student_as_teacher(config)
     cold = EngineTest(config=config, vocab_size=models.vocab_size, temperature=1.0, log_dir=tmp_path)

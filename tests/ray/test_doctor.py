@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import compose_config
 from rich.console import Console
@@ -18,8 +19,9 @@ from opd_ray.console import RunConsole
 from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import load_prompts
 from opd_ray.doctor import examine
-from opd_ray.engine_checks import EngineTest, engine_findings, student_as_teacher
+from opd_ray.engine_checks import EngineTest, handful, student_as_teacher
 from opd_ray.preflight import Status
+from opd_ray.preflight.engines import gap, same_temperature, self_kl
 from opd_ray.train import train
 
 pytestmark = pytest.mark.ray
@@ -49,15 +51,17 @@ def test_other_weights_or_another_temperature_behind_the_score_turn_red(
     models = inspect_models(student_path=config.student.path, teachers={"teacher.path": config.teacher})
     prompts = load_prompts(config, tokenizer=models.tokenizer).held_out
     same = student_as_teacher(config)
-    cold = EngineTest(config=config, vocab_size=models.vocab_size, temperature=1.0, log_dir=tmp_path)
+    other = replace(same, path=model_folder(seed=3))
+    sound = EngineTest(config=config, vocab_size=models.vocab_size, temperature=0.7, log_dir=tmp_path)
     with workers.connected(config):
-        at_another_temperature = engine_findings(cold, prompts=prompts, reference=same)
-        other = replace(same, path=model_folder(seed=3))
-        with_other_weights = engine_findings(replace(cold, temperature=0.7), prompts=prompts, reference=other)
-    for findings in (at_another_temperature, with_other_weights):
-        status = {f.name: f.status for f in findings}
-        assert status["student as teacher"] is Status.error
-        assert status["temperature"] is Status.error
+        groups = sound.sample(handful(prompts))
+        (cold_N,) = replace(sound, temperature=1.0).score(same, groups=groups, role="cold")
+        (other_N,) = sound.score(other, groups=groups, role="other")
+    sampler_N = np.concatenate([group.sampled_logprobs for group in groups])
+    for scored_N in (cold_N, other_N):
+        wrong, dtype = gap(sampler_N, scored_N), config.rollout.dtype
+        assert self_kl(wrong, dtype=dtype, signal=1.0).status is Status.error
+        assert same_temperature(wrong, dtype=dtype, temperature=0.7, signal=1.0).status is Status.error
 
 
 def test_the_command_says_in_json_and_by_its_exit_code_what_is_wrong(overrides: Callable[..., list[str]]) -> None:

@@ -1,7 +1,7 @@
 """Turns a teacher's final hidden states into what was asked for, a chunk of tokens at a time.
 
 Suffixes: N tokens, R rows of the teacher's head, of which the first V are the common vocabulary, W columns of logits
-(R in whole groups), K ids of a support, D hidden size.
+(R and padding), K ids of a support, D hidden size.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,9 @@ from torch import Tensor
 from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.objectives.rows import chunks
 from opd_ray.protocol import Payload, ScoreRequest
-from workers.teacher.wide_rows import padded_size, read_rows, top_k
+from workers.teacher.products import OutputMatrix
+from workers.teacher.wide_rows import log_softmax, top_k
 
-_CHUNK_TOKENS = {"cpu": 256, "cuda": 512}
-_GATHERED_NUMBERS = {"cpu": 2**18, "cuda": 2**24}  # of head rows held at once; on a CPU they stay in its cache
 _NO_ID = -1
 
 
@@ -33,23 +32,15 @@ class TeacherHead:
     """The output matrix, and what its logits mean. Serves one call at a time: they share the memory of their logits."""
 
     def __init__(self, head_RD: Tensor, *, vocab_size: int, temperature: float, equivalence: Equivalence) -> None:
-        """Take all rows of a checkpoint's head; in float32, but on a GPU a 16-bit head stays as it is.
+        """Take all rows of a checkpoint's head; the softmax is over the first vocab_size, those the student has too.
 
-        vocab_size (V): the ids that the student has too; the softmax is over these. equivalence: ids that count as one.
-        Raises ValueError for fewer rows.
+        equivalence: ids that count as one. Raises ValueError for fewer rows.
         """
+        if len(head_RD) < vocab_size:
+            raise ValueError(f"the teacher's head has {len(head_RD)} rows, expected at least {vocab_size}")
+        self._matrix = OutputMatrix(head_RD, temperature=temperature)
         self._num_rows, self._vocab_size = len(head_RD), vocab_size
-        if self._num_rows < vocab_size:
-            raise ValueError(f"the teacher's head has {self._num_rows} rows, expected at least {vocab_size}")
-        padding = (0, 0, 0, padded_size(self._num_rows) - self._num_rows)
-        self._head_WD = torch.nn.functional.pad(head_RD if head_RD.is_cuda else head_RD.float(), padding)
-        self._temperature = temperature
         self._equivalence = equivalence
-        device = head_RD.device.type
-        self._chunk_tokens, self._gathered_numbers = _CHUNK_TOKENS[device], _GATHERED_NUMBERS[device]
-        # One buffer for all chunks: fresh memory costs as much as the arithmetic on it.
-        num_buffered = self._chunk_tokens if self._head_WD.dtype is torch.float32 else 0
-        self._logits_NW = torch.empty(num_buffered, len(self._head_WD), device=head_RD.device)
 
     @torch.inference_mode()
     def score(self, hidden_ND: Tensor, *, ids_N: Tensor, student_ids_NK: Tensor, request: ScoreRequest) -> HeadScores:
@@ -66,65 +57,56 @@ class TeacherHead:
         sampled = request.sampled_logprobs or request.payload is Payload.sampled
         if not (num_top or sampled or (support and (request.normalised or self._equivalence.classes))):
             return self._logits_alone(hidden_ND, _without_repeats(given_NK))
-        ids, logprobs, sampled_logprobs, dropped = [], [], [], []
-        for rows in chunks(len(hidden_ND), chunk_tokens=self._chunk_tokens):
-            logits_NW, lse_dropped_N1 = self._logits(hidden_ND[rows])
-            lse_N1, maxima_NB = read_rows(logits_NW)
-            top_ids_NK, top_logits_NK = top_k(logits_NW, maxima_NB, k=num_top)
-            top_ids_NK = _within_mass(top_ids_NK, top_logits_NK - lse_N1, top_p=request.top_p)
+        ids, logprobs, sampled_logprobs, dropped_masses = [], [], [], []
+        for rows in chunks(len(hidden_ND), chunk_tokens=self._matrix.chunk_tokens):
+            logprobs_NW, dropped_mass_N = self._logprobs(hidden_ND[rows], ids_N1[rows])
+            top_ids_NK = _within_mass(*top_k(logprobs_NW, k=num_top), top_p=request.top_p)
             ids_NK = _without_repeats(torch.cat([top_ids_NK, given_NK[rows]], dim=1))
             ids.append(ids_NK.to(torch.int32))
-            logprobs.append(logits_NW.gather(1, ids_NK.clamp(min=0)) - lse_N1)
-            sampled_logprobs.append(logits_NW.gather(1, ids_N1[rows]) - lse_N1)
-            dropped.append((lse_dropped_N1 - lse_N1).sigmoid())
+            logprobs.append(logprobs_NW.gather(1, ids_NK.clamp(min=0)))
+            sampled_logprobs.append(logprobs_NW.gather(1, ids_N1[rows]).squeeze(1))
+            dropped_masses.append(dropped_mass_N)
         return HeadScores(
             ids_NK=torch.cat(ids),
             logprobs_NK=torch.cat(logprobs),
-            sampled_logprobs_N=torch.cat(sampled_logprobs).squeeze(1) if sampled else lse_N1.new_empty(0),
-            dropped_mass_N=torch.cat(dropped).squeeze(1),
+            sampled_logprobs_N=torch.cat(sampled_logprobs) if sampled else dropped_mass_N.new_empty(0),
+            dropped_mass_N=torch.cat(dropped_masses),
         )
 
     def _given(self, ids_N1: Tensor, student_ids_NK: Tensor, request: ScoreRequest) -> Tensor:
         """Return the columns of a support that do not depend on the teacher; none of another payload."""
         student_ids_NK = student_ids_NK.masked_fill(student_ids_NK >= self._vocab_size, _NO_ID)
-        of_support = request.payload is Payload.support
-        from_student = of_support and request.support != "teacher"
+        support = request.payload is Payload.support
+        from_student = support and request.support != "teacher"
         return torch.cat(
             [
                 self._equivalence.canonical(student_ids_NK) if from_student else student_ids_NK[:, :0],
-                ids_N1 if of_support and request.include_sampled else ids_N1[:, :0],
+                ids_N1 if support and request.include_sampled else ids_N1[:, :0],
             ],
             dim=1,
         )
 
-    def _logits(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits [N,W], classes merged, -inf from V on, and log sum exp of the dropped logits [N,1].
+    def _logprobs(self, hidden_ND: Tensor, ids_N1: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probs [N,W], classes merged, -inf from V on, and the mass of the dropped ids [N].
 
-        The next call overwrites them.
+        ids_N1: any canonical ids, one a row. The next call overwrites the log-probs.
         """
-        if self._head_WD.dtype is torch.float32:
-            states_ND, logits_NW = hidden_ND.float() / self._temperature, self._logits_NW[: len(hidden_ND)]
-            torch.mm(states_ND, self._head_WD.T, out=logits_NW)
-        else:  # tensor cores multiply 16-bit numbers and add in float32
-            states_ND = hidden_ND.to(self._head_WD.dtype)
-            logits_NW = torch.mm(states_ND, self._head_WD.T, out_dtype=torch.float32).div_(self._temperature)
-        dropped_N1 = logits_NW[:, self._vocab_size : self._num_rows].logsumexp(-1, keepdim=True)
+        logits_NW = self._matrix.logits(hidden_ND)
+        dropped_N1 = logits_NW[:, self._vocab_size : self._num_rows].logsumexp(-1, keepdim=True)  # of nothing: -inf
         logits_NW[:, self._vocab_size :] = -torch.inf
-        return self._equivalence.merge(logits_NW), dropped_N1
+        some_N1 = self._equivalence.merge(logits_NW).gather(1, ids_N1)
+        logprobs_NW = log_softmax(logits_NW)
+        normaliser_N1 = some_N1 - logprobs_NW.gather(1, ids_N1)
+        return logprobs_NW, (dropped_N1 - normaliser_N1).sigmoid().squeeze(1)
 
     def _logits_alone(self, hidden_ND: Tensor, ids_NK: Tensor) -> HeadScores:
-        """Return the logits at the given ids, from their rows of the head."""
-        numbers_per_token = max(1, ids_NK.shape[1] * self._head_WD.shape[1])
-        logits = [
-            torch.bmm(self._head_WD[ids_NK[rows].clamp(min=0)].float(), hidden_ND[rows].float()[:, :, None]).squeeze(-1)
-            for rows in chunks(len(hidden_ND), chunk_tokens=max(1, self._gathered_numbers // numbers_per_token))
-        ]
         unknown = torch.nan if self._num_rows > self._vocab_size else 0.0
+        logits_NK = self._matrix.logits_at(hidden_ND, ids_NK.clamp(min=0))
         return HeadScores(
             ids_NK=ids_NK.to(torch.int32),
-            logprobs_NK=torch.cat(logits) / self._temperature,
-            sampled_logprobs_N=self._logits_NW.new_empty(0),
-            dropped_mass_N=self._logits_NW.new_full((len(hidden_ND),), unknown),
+            logprobs_NK=logits_NK,
+            sampled_logprobs_N=logits_NK.new_empty(0),
+            dropped_mass_N=logits_NK.new_full((len(ids_NK),), unknown),
         )
 
 
@@ -138,5 +120,7 @@ def _within_mass(ids_NK: Tensor, logprobs_NK: Tensor, *, top_p: float) -> Tensor
 
 def _without_repeats(ids_NK: Tensor) -> Tensor:
     """Return the ids with -1 wherever a column further left has the same."""
-    repeats_NKK = (ids_NK[:, :, None] == ids_NK[:, None, :]).tril(diagonal=-1)
-    return ids_NK.masked_fill(repeats_NKK.any(-1), _NO_ID)
+    sorted_NK, order_NK = ids_NK.sort(dim=-1, stable=True)
+    repeats_NK = torch.zeros_like(sorted_NK, dtype=torch.bool)
+    repeats_NK[:, 1:] = sorted_NK[:, 1:] == sorted_NK[:, :-1]
+    return ids_NK.masked_fill(torch.zeros_like(repeats_NK).scatter_(1, order_NK, repeats_NK), _NO_ID)

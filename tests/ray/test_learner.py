@@ -238,6 +238,7 @@ def test_masks_and_means_are_those_of_the_global_batch(
     published = _published(learner)
 
     assert metrics["train/kept_token_fraction"] == pytest.approx(16 / 21)
+    assert metrics["teacher/dropped_mass"] == pytest.approx(4 * 0.25 / 21)
     _plain_update(student, _masked_sequence_means(student, teacher, kind), lr=config.learner.lr)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(published[name], parameter.detach(), atol=1e-5, rtol=1e-5, msg=name)

@@ -43,9 +43,10 @@ def main(folder: Path) -> None:
     num_tokens = len(group.response_ids)
     calls: dict[str, Callable[[], object]] = {name: partial(peers.score, group, **how) for name, how in PEERS.items()}
     calls |= {name: partial(ours.score, group, request) for name, request in OURS.items()}
+    score_s = _in_turns(calls)  # before anything holds objects that would keep the garbage collector busy
     handling = {name: peers_handling(peers.score(group, **how)) for name, how in PEERS.items()}
     handling |= {name: our_handling(folder, group, request) for name, request in OURS.items()}
-    score_s, handling_s = _in_turns(calls), _in_turns(handling)
+    handling_s = _in_turns(handling)
     ways = {
         name: {
             "tokens_per_s": num_tokens / score_s[name],

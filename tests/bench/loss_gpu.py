@@ -9,14 +9,13 @@ import torch
 from harness import Figure, run_cell
 from loss_problem import Sizes, make_problem
 from loss_variants import VARIANTS
-from measure import measure
+from measure import peak_flops_per_s
 
 _PART = "loss_gpu"
 _NUM_TOKENS = 8192, 32_768
 _HIDDEN_SIZE, _VOCAB_SIZE = 2560, 151_936
 # Products of N x D x V that an exact loss needs: its logits and two gradients, the teacher's logits; None: needs none.
 _NUM_PRODUCTS = {"full": 4, "support": None, "support_tail": 3, "sampled": 3}
-_PEAK_PRODUCT_SIZE = 16_384
 _NAIVE_BUFFERS = 7  # float32 [N,V] tensors that the largest full-logits version holds at once, and some room
 
 
@@ -25,7 +24,7 @@ def loss_gpu() -> Iterator[Figure]:
     if not torch.cuda.is_available():
         print(f"{_PART}: skipped, no CUDA device", file=sys.stderr)
         return
-    flops_per_s = _peak_flops_per_s()
+    flops_per_s = peak_flops_per_s()
     yield Figure(part=_PART, name="matmul", value=flops_per_s / 1e12, unit="TFLOP/s")
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "problem.pt"
@@ -45,13 +44,6 @@ def _sizes() -> Sizes:
         dtype=torch.bfloat16,
         device="cuda",
     )
-
-
-def _peak_flops_per_s() -> float:
-    """Return what a plain large bfloat16 product reaches."""
-    a, b = torch.randn(2, _PEAK_PRODUCT_SIZE, _PEAK_PRODUCT_SIZE, dtype=torch.bfloat16, device="cuda")
-    cost = measure(lambda: a @ b, reset=lambda: None, repeats=20, device="cuda")
-    return 2 * _PEAK_PRODUCT_SIZE**3 / (cost.time_ms / 1e3)
 
 
 def _objective(objective: str, *, num_tokens: int, path: Path, flops_per_s: float) -> Iterator[Figure]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+_PEAK_PRODUCT_SIZE = 16_384
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
@@ -32,6 +34,13 @@ def measure(step: Callable[[], object], *, reset: Callable[[], object], repeats:
         reset()
         times_s.append(_timed(step, device=device))
     return Cost(time_ms=1e3 * statistics.median(times_s), peak_mb=peak_bytes / 1e6)
+
+
+def peak_flops_per_s() -> float:
+    """Return what a plain large bfloat16 product reaches on the GPU."""
+    a, b = torch.randn(2, _PEAK_PRODUCT_SIZE, _PEAK_PRODUCT_SIZE, dtype=torch.bfloat16, device="cuda")
+    cost = measure(lambda: a @ b, reset=lambda: None, repeats=20, device="cuda")
+    return 2 * _PEAK_PRODUCT_SIZE**3 / (cost.time_ms / 1e3)
 
 
 def _timed(step: Callable[[], object], *, device: str) -> float:

@@ -7,11 +7,13 @@ from harness import Figure, record
 from loss import loss
 from loss_gpu import loss_gpu
 from teacher import teacher
+from teacher_gpu import teacher_gpu
 
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "loss": loss,
     "loss_gpu": loss_gpu,
     "teacher": teacher,
+    "teacher_gpu": teacher_gpu,
 }
 
 

@@ -42,7 +42,8 @@ def teacher() -> Iterator[Figure]:
         for other, least in _MIN_PYTHON.items():
             ratio = ways[other]["python_us"] / ways[name]["python_us"]
             yield at_least(least, part=_PART, name=f"{name}_python_vs_{other}", value=ratio, unit="ratio")
-    yield Figure(part=_PART, name="prefix_sharing_speedup", value=result["prefix_sharing_speedup"], unit="ratio")
+    for name in ("prefix_sharing_speedup", "shared_batch_speedup"):
+        yield Figure(part=_PART, name=name, value=result[name], unit="ratio")
 
 
 def _bytes(name: str, value: float) -> Figure:

@@ -40,18 +40,20 @@ def save_teacher(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def make_group(*, num_samples: int, prompt_tokens: int, response_tokens: int) -> TrajectoryGroup:
-    """Return random responses to a random prompt."""
+def make_group(
+    *, num_samples: int, prompt_tokens: int, response_tokens: int, vocab_size: int = VOCAB_SIZE, support_size: int = 0
+) -> TrajectoryGroup:
+    """Return random responses to a random prompt, with random supports, whose ids may repeat."""
     random = np.random.default_rng(_SEED)
     num_tokens = num_samples * response_tokens
     return TrajectoryGroup(
-        prompt_ids=random.integers(VOCAB_SIZE, size=prompt_tokens, dtype=np.int32),
-        response_ids=random.integers(VOCAB_SIZE, size=num_tokens, dtype=np.int32),
+        prompt_ids=random.integers(vocab_size, size=prompt_tokens, dtype=np.int32),
+        response_ids=random.integers(vocab_size, size=num_tokens, dtype=np.int32),
         offsets=np.arange(0, num_tokens + 1, response_tokens, dtype=np.int32),
         sampled_logprobs=np.zeros(num_tokens, dtype=np.float32),
         token_versions=np.zeros(num_tokens, dtype=np.int32),
         loss_mask=np.ones(num_tokens, dtype=np.bool_),
-        support_ids=np.empty((num_tokens, 0), dtype=np.int32),
+        support_ids=random.integers(vocab_size, size=(num_tokens, support_size), dtype=np.int32),
         rewards=np.empty(0, dtype=np.float32),
         finish=np.zeros(num_samples, dtype=np.int8),
         prompt_index=0,

@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from teacher_problem import VOCAB_SIZE, sequences
 
 from opd_ray.config.schema import Dtype, TeacherConfig
 from opd_ray.objectives.equivalence import Equivalence
-from opd_ray.protocol import Score, ScoreRequest, TrajectoryGroup
+from opd_ray.protocol import Payload, Score, ScoreRequest, TrajectoryGroup
 from workers.output_head import load_head
 from workers.teacher.head import TeacherHead
 from workers.teacher.messages import build_score
@@ -20,6 +20,12 @@ from workers.teacher.rows import response_states
 from workers.teacher.worker import TeacherWorker
 
 TOP_K = 64
+OURS = {
+    "sampled": ScoreRequest(payload=Payload.sampled),
+    "support_teacher": ScoreRequest(payload=Payload.support, top_k=TOP_K),
+    "support_student": ScoreRequest(payload=Payload.support, support="student", top_k=TOP_K, normalised=False),
+    "hidden": ScoreRequest(payload=Payload.hidden),
+}
 _MAX_MODEL_TOKENS = 1024
 _ENGINE_ARGS: dict[str, Any] = {
     "enforce_eager": True,
@@ -50,20 +56,38 @@ class PeersTeacher:
 class OurTeacher:
     """A teacher worker, without Ray."""
 
-    def __init__(self, folder: Path, **engine_args: Any) -> None:
-        config = TeacherConfig(path=str(folder), dtype=Dtype.float32, engine_args=_ENGINE_ARGS | engine_args)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: Dtype = Dtype.float32,
+        gpus: float = 0,
+        vocab_size: int = VOCAB_SIZE,
+        **engine_args: Any,
+    ) -> None:
+        config = TeacherConfig(
+            path=str(folder), dtype=dtype, gpus_per_worker=gpus, engine_args=_ENGINE_ARGS | engine_args
+        )
         self._worker = TeacherWorker(
             config=config,
             max_model_tokens=_MAX_MODEL_TOKENS,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             temperature=1.0,
             equivalent_ids=(),
         )
 
     def score(self, group: TrajectoryGroup, request: ScoreRequest) -> Score:
         """Return the score of the group."""
-        _, score = asyncio.run(self._worker.score(group, request))
-        return score
+        return self.score_all([group], request)[0]
+
+    def score_all(self, groups: Sequence[TrajectoryGroup], request: ScoreRequest) -> list[Score]:
+        """Return the scores of groups that arrive at once."""
+
+        async def scored() -> list[Score]:
+            answers = await asyncio.gather(*(self._worker.score(group, request) for group in groups))
+            return [score for _, score in answers]
+
+        return asyncio.run(scored())
 
 
 def our_handling(folder: Path, group: TrajectoryGroup, request: ScoreRequest) -> Callable[[], bytes]:

@@ -92,7 +92,10 @@ class FakeTeacher:
         return [ScoreHandle(teacher="teacher", summary=g.group, score=("score of", g.group)) for g in groups]
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
-        return [ScoreSummary(num_tokens=5, num_bytes=20, score_s=0.1, fault=self.fault(*s.summary[1:])) for s in scores]
+        return [
+            ScoreSummary(num_tokens=5, num_bytes=20, dropped_mass_sum=0.0, score_s=0.1, fault=self.fault(index, seed))
+            for _, index, seed in (score.summary for score in scores)
+        ]
 
 
 @dataclass

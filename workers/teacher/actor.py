@@ -75,7 +75,8 @@ async def answered(
         await asyncio.to_thread(check_score, score, group, request, vocab_size=vocab_size)
     except ValueError as error:  # a BadScore, or engine or aligner refuse the sequence
         _LOG.warning("prompt %d: %s", group.prompt_index, error, exc_info=not isinstance(error, BadScore))
-        return ScoreSummary(num_tokens=0, num_bytes=0, score_s=time.perf_counter() - start, fault=str(error)), None
+        score_s = time.perf_counter() - start
+        return ScoreSummary(num_tokens=0, num_bytes=0, dropped_mass_sum=0.0, score_s=score_s, fault=str(error)), None
     return summary, score
 
 

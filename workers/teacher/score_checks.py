@@ -19,6 +19,7 @@ from opd_ray.protocol import (
     SupportScore,
     TrajectoryGroup,
 )
+from workers.support_codec import support_ids
 from workers.teacher.errors import BadScore
 
 _NO_ID = -1
@@ -29,8 +30,7 @@ def check_score(score: Score, group: TrajectoryGroup, request: ScoreRequest, *, 
     """Raise BadScore for a payload that was not asked for, a wrong number of tokens, a value that is not finite, or an
     id that is neither -1 nor below vocab_size.
 
-    An id of a support may have the log-prob -inf: the teacher rules it out. A sampled token may not, its log-ratio
-    would be infinite.
+    -inf in a support stands where there is no id. A sampled token may not have it, its log-ratio would be infinite.
     """
     num_tokens = len(group.response_ids)
     match score:
@@ -39,9 +39,10 @@ def check_score(score: Score, group: TrajectoryGroup, request: ScoreRequest, *, 
             _check_length("valid marks", score.valid_N, num_tokens if len(score.valid_N) else 0)
             _check_sampled(score.logprobs_N)
         case SupportScore() if request.payload is Payload.support:
-            _check_length("rows of ids", score.ids_NK, num_tokens)
+            ids_NK = support_ids(score)
+            _check_length("rows of ids", ids_NK, num_tokens)
             _check_length("sampled log-probs", score.sampled_logprobs_N, num_tokens if request.sampled_logprobs else 0)
-            _check_ids(score.ids_NK, vocab_size=vocab_size)
+            _check_ids(ids_NK, vocab_size=vocab_size)
             _check_rows("log-prob", score.logprobs_NK, score.logprobs_NK < np.inf)  # false for NaN
             _check_sampled(score.sampled_logprobs_N)
         case HiddenScore() if request.payload is Payload.hidden:

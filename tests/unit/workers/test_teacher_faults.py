@@ -32,7 +32,7 @@ class Teacher:
         assert group is GROUP
         assert request is ASKED
         score = SampledScore(logprobs_N=np.array(self.logprobs, dtype=np.float32))
-        return ScoreSummary(num_tokens=2, num_bytes=8, score_s=0.5), score
+        return ScoreSummary(num_tokens=2, num_bytes=8, dropped_mass_sum=0.0, score_s=0.5), score
 
 
 def ask(**teacher: Any) -> tuple[ScoreSummary, Score | None]:
@@ -41,7 +41,7 @@ def ask(**teacher: Any) -> tuple[ScoreSummary, Score | None]:
 
 def test_a_sound_score_comes_as_the_teacher_gave_it():
     summary, score = ask()
-    assert summary == ScoreSummary(num_tokens=2, num_bytes=8, score_s=0.5, fault="")
+    assert summary == ScoreSummary(num_tokens=2, num_bytes=8, dropped_mass_sum=0.0, score_s=0.5, fault="")
     assert isinstance(score, SampledScore)
 
 

@@ -79,6 +79,7 @@ def result_rows(
         *_rows("student accuracy after", summary, "student_accuracy_after", "{:.1%}"),
         *_rows("held-out reverse KL before", summary, "reverse_kl_before", "{:.4f} nats/token"),
         *_rows("held-out reverse KL after", summary, "reverse_kl_after", "{:.4f} nats/token"),
+        *([_row("groups without a score", summary, "bad_groups", "{:.0f}")] if summary.get("bad_groups") else []),
         _row("response tokens/s (median step)", summary, "tokens_per_s", "{:,.0f}"),
         *step_breakdown(history),
     ]

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 
 from opd_ray.protocol import (
     Batch,
-    Checkpoints,
-    Evaluator,
     GenerateRequest,
     Learner,
-    PromptSource,
     RolloutFleet,
     SamplingOptions,
     ScoreRequest,
     TeacherFleet,
-    Tracker,
 )
-from opd_ray.schedule import Schedule, derive_seed
+from opd_ray.schedule import Schedule, request_seed
+from opd_ray.services import Checkpoints, Evaluator, PromptSource, Screen, Tracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,25 +36,28 @@ class Loop:
     seed: int
     fleets: Fleets
     prompts: PromptSource
+    screen: Screen
     evaluator: Evaluator
     checkpoints: Checkpoints
     tracker: Tracker
 
     def run(self, step: int = 0) -> None:
-        """Train from update `step` to the last: generate, score, learn, publish."""
+        """Train from update `step` to the last: generate, score, screen, learn, publish."""
         fleets, schedule, window = self.fleets, self.schedule, deque[Batch]()
         fleets.rollout.load(fleets.learner.publish(step))
-        if step == 0:
+        if schedule.is_eval(step) and not self.tracker.holds(step):
             self.tracker.log(step, self.evaluator.evaluate(step))
         while step < schedule.num_steps:
             while schedule.may_dispatch(step=step, num_in_flight=len(window)):
                 window.append(self._dispatch(step + len(window), version=step))
-            batch = window.popleft()
+            batch, screened = self.screen.whole(window.popleft())
             learned = fleets.learner.update(batch)
             step += 1
             loaded = fleets.rollout.load(fleets.learner.publish(step))
             evaluated = self.evaluator.evaluate(step) if schedule.is_eval(step) else {}
-            self.tracker.log(step, {**learned, **loaded, **evaluated}, fleets.rollout.summaries(batch.groups))
+            self.tracker.log(
+                step, {**screened, **learned, **loaded, **evaluated}, fleets.rollout.summaries(batch.groups)
+            )
             if schedule.is_save(step):
                 self.checkpoints.save(step, fleets.learner)
 
@@ -68,7 +68,7 @@ class Loop:
                 prompt=prompt,
                 sampling=self.sampling[prompt.task],
                 version=version,
-                seed=derive_seed(self.seed, step, prompt.index, position),
+                seed=request_seed(self.seed, step=step, prompt_index=prompt.index, position=position),
             )
             for position, prompt in enumerate(self.prompts.batch(step))
         ]

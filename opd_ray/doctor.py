@@ -32,6 +32,7 @@ from opd_ray.data.tiny_models import is_built
 from opd_ray.engine_checks import EngineTest, engine_findings, student_as_teacher
 from opd_ray.preflight import Finding, Status, error, machine_findings, model_findings, ok, warning
 from opd_ray.preflight.machine import dashboard, hub_credentials, tracking_credentials
+from opd_ray.protocol import CannotGoOn
 from opd_ray.requests import objective_ids
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.tracking import has_wandb_credentials
@@ -166,6 +167,8 @@ def _engines(config: Config, *, models: Models, prompts: PromptSets) -> list[Fin
     except RayError as fault:  # first: a worker's ValueError arrives as both
         words = describe(fault, log_dir=test.log_dir)
         return [error("engines", words, f"the workers' logs lie in {test.log_dir}")]
+    except CannotGoOn as fault:
+        return [error("engines", str(fault), f"the workers' logs lie in {test.log_dir}")]
     except ValueError as no_place:
         findings = [warning("engines", f"not checked: {no_place}", "wait until the cluster is free, or --no-engines")]
     shutil.rmtree(test.log_dir)

@@ -12,7 +12,7 @@ from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.evaluation import HeldOut
 from opd_ray.preflight.engines import gap, opd_signal, replicas, same_temperature, self_kl
 from opd_ray.preflight.finding import Finding
-from opd_ray.protocol import Float32, GroupHandle, Payload, Prompt, ScoreRequest, TrajectoryGroup
+from opd_ray.protocol import CannotGoOn, Float32, GroupHandle, Payload, Prompt, ScoreRequest, TrajectoryGroup
 from opd_ray.requests import held_out_samples
 from opd_ray.routing import teacher_key, teachers_of
 
@@ -55,6 +55,10 @@ class EngineTest:
             temperature=self.temperature,
         ) as fleet:
             answers = fleet.score_by_all(handles, ScoreRequest(payload=Payload.sampled))
+            summaries = fleet.summaries([answer for by_one in answers for answer in by_one])
+            faults = [summary.fault for summary in summaries if summary.fault]
+            if faults:
+                raise CannotGoOn(f"{role}: {len(faults)} of {len(summaries)} groups have no score: {faults[0]}")
             return [_flat([s.logprobs_N for s in ray.get([a.score for a in by_one])]) for by_one in answers]
 
 
@@ -74,7 +78,7 @@ def engine_findings(test: EngineTest, *, prompts: Sequence[Prompt], reference: T
     """Sample from the student, have reference and teachers score the samples, and judge what they say.
 
     In a sound run the reference is `student_as_teacher`. Raises ValueError when the cluster has no place, RayError
-    when an engine fails.
+    when an engine fails, CannotGoOn when a teacher cannot score.
     """
     config, teachers = test.config, teachers_of(test.config)
     groups = test.sample(handful(prompts))

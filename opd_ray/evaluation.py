@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from opd_ray.controller import Fleets
 from opd_ray.metrics import mean_reward
@@ -17,6 +18,7 @@ from opd_ray.protocol import (
     ScoreRequest,
 )
 from opd_ray.schedule import derive_seed
+from opd_ray.services import BadGroup, Quarantine
 
 _NOT_A_VERSION = -1  # any weights may serve
 
@@ -43,6 +45,11 @@ class HeldOut:
             for r in self.requests(version=version)
         ]
 
+    @property
+    def tasks(self) -> set[str]:
+        """Return the tasks of the prompts."""
+        return {prompt.task for prompt in self.prompts}
+
     def of_task(self, tasks: Collection[str]) -> "HeldOut":
         """Return the part of some tasks."""
         return replace(self, prompts=[p for p in self.prompts if p.task in tasks])
@@ -55,35 +62,61 @@ class FleetEvaluator:
     held_out: HeldOut
     fleets: Fleets
     asked: ScoreRequest  # of the teacher: hidden states for the exact KL, or the sampled tokens' log-probs
+    quarantine: Quarantine
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/accuracy` (greedy), `eval/accuracy_avg` (mean of k samples), `eval/reverse_kl` in nats a token.
 
         The reverse KL is taken at the prefixes of the k samples, exactly over the vocabulary; from a teacher without
         hidden states by the sampled tokens, which is unbiased but noisy. Accuracies are left out where
-        prompts have no answers. With several tasks each has its own as well: `eval/reverse_kl_<task>` and so on.
+        prompts have no answers. Groups that the teacher cannot score are left out of the KL, which is absent where none
+        is left, and counted in `eval/bad_groups`. With several tasks each has its own as well: `eval/reverse_kl_<task>`
+        and so on.
         """
         start = time.perf_counter()
         rollout = self.fleets.rollout
         greedy = rollout.generate(self.held_out.greedy_requests(version=version))
-        sampled = rollout.generate(self.held_out.requests(version=version))
+        requests = self.held_out.requests(version=version)
+        sampled = rollout.generate(requests)
         scores = self.fleets.teacher.score(sampled, self.asked)
+        batch = self._scored(Batch(step=version, groups=sampled, scores=scores), seeds=[r.seed for r in requests])
         return {
-            **self._reverse_kl(Batch(step=version, groups=sampled, scores=scores)),
+            **self._reverse_kl(batch),
+            "eval/bad_groups": float(len(sampled) - len(batch.groups)),
             **mean_reward("eval/accuracy", rollout.summaries(greedy)),
             **mean_reward("eval/accuracy_avg", rollout.summaries(sampled)),
             "time/eval_s": time.perf_counter() - start,
         }
 
+    def _scored(self, batch: Batch, *, seeds: Sequence[int]) -> Batch:
+        """Wait for the scores; return the part of the batch that has them and quarantine the rest."""
+        summaries = self.fleets.rollout.summaries(batch.groups)
+        faults = [score.fault for score in self.fleets.teacher.summaries(batch.scores)]
+        for summary, score, seed, fault in zip(summaries, batch.scores, seeds, faults, strict=True):
+            if fault:
+                self.quarantine.add(
+                    BadGroup(
+                        step=batch.step, held_out=True, teacher=score.teacher, seed=seed, reason=fault, summary=summary
+                    )
+                )
+        if all(faults):
+            self.quarantine.warn(
+                f"version {batch.step}: none of {len(faults)} held-out groups could be scored, so that it has no"
+                f" reverse KL; see {self.quarantine.where}"
+            )
+        return _part(batch, [not fault for fault in faults])
+
     def _reverse_kl(self, batch: Batch) -> Metrics:
-        learner = self.fleets.learner
-        metrics = {"eval/reverse_kl": learner.held_out_kl(batch)}
-        tasks = sorted({group.task for group in batch.groups})
-        for task in tasks if len(tasks) > 1 else []:
-            pairs = [(g, s) for g, s in zip(batch.groups, batch.scores, strict=True) if g.task == task]
-            of_task = replace(batch, groups=[g for g, _ in pairs], scores=[s for _, s in pairs])
+        learner, tasks = self.fleets.learner, sorted({group.task for group in batch.groups})
+        metrics = {"eval/reverse_kl": learner.held_out_kl(batch)} if tasks else {}
+        for task in tasks if len(self.held_out.tasks) > 1 else []:
+            of_task = _part(batch, [group.task == task for group in batch.groups])
             metrics[f"eval/reverse_kl_{task}"] = learner.held_out_kl(of_task)
         return metrics
+
+
+def _part(batch: Batch, wanted: Sequence[bool]) -> Batch:
+    return replace(batch, groups=list(compress(batch.groups, wanted)), scores=list(compress(batch.scores, wanted)))
 
 
 def greedy_summaries(held_out: HeldOut, sampler: RolloutFleet) -> list[GroupSummary]:

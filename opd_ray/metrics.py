@@ -35,11 +35,14 @@ def mean_reward(name: str, summaries: Sequence[GroupSummary]) -> dict[str, float
 
 def summarise(history: Sequence[Mapping[str, float]], *, wall_s: float) -> dict[str, float]:
     """Return summary.json of a run from its steps, first to last; what was never measured is left out."""
+    bad_groups = [m["teacher/bad_groups"] for m in history if "teacher/bad_groups" in m]
     rates = [m["perf/tokens_per_s"] for m in history if "perf/tokens_per_s" in m]
     summary = {"wall_s": wall_s, "steps": max(m["step"] for m in history)}
     if rates:
         summary["tokens_per_s"] = statistics.median(rates)
         summary["step_s"] = statistics.median(m["time/step_s"] for m in history if "time/step_s" in m)
+    if bad_groups:
+        summary["bad_groups"] = sum(bad_groups)
     for name, key in (("student_accuracy", "eval/accuracy"), ("reverse_kl", "eval/reverse_kl")):
         of_tasks = {
             k.removeprefix(key) for m in history for k in m if k.startswith(key) and not k.startswith(f"{key}_avg")

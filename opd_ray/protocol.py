@@ -35,6 +35,10 @@ class Payload(StrEnum):
     hidden = "hidden"
 
 
+class CannotGoOn(RuntimeError):
+    """No further update is possible, through no fault of the learner: it can still be saved."""
+
+
 def _check_length(owner: object, name: str, expected: int) -> None:
     given = len(getattr(owner, name))
     if given != expected:
@@ -174,6 +178,7 @@ class ScoreSummary:
     num_bytes: int  # of the payload
     dropped_mass_sum: float  # probability of the ids that only the teacher has, summed over tokens; NaN: not computed
     score_s: float  # from the group's arrival at the worker to its score
+    fault: str = ""  # why there is no score (None instead); "": there is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,9 +240,18 @@ class TeacherFleet(Protocol):
         """Dispatch scoring of groups, finished or not; return at once."""
         ...
 
+    def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
+        """Wait for scores and return their summaries, in order. Raises CannotGoOn when a teacher is gone."""
+        ...
+
 
 class Learner(Protocol):
     """The student in training."""
+
+    @property
+    def version(self) -> int:
+        """Return the version last published: while a batch is waited for, the number of updates taken."""
+        ...
 
     def update(self, batch: Batch) -> Metrics:
         """Wait for the batch, take one optimizer update, return the step's metrics (`train/*`, `distill/*`, ...)."""
@@ -261,36 +275,4 @@ class Learner(Protocol):
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (safetensors and tokenizer)."""
-        ...
-
-
-class Tracker(Protocol):
-    """Where a run's numbers go."""
-
-    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
-        """Record the metrics of an update, and its samples."""
-        ...
-
-
-class PromptSource(Protocol):
-    """Training prompts; the batch of a step is a function of the step alone, so resuming needs no cursor."""
-
-    def batch(self, step: int) -> Sequence[Prompt]:
-        """Return the prompts of update `step`."""
-        ...
-
-
-class Evaluator(Protocol):
-    """Measures the student on held-out prompts."""
-
-    def evaluate(self, version: int) -> Metrics:
-        """Return `eval/*` metrics of the student at a version."""
-        ...
-
-
-class Checkpoints(Protocol):
-    """Owns the run's resumable states."""
-
-    def save(self, step: int, learner: Learner) -> None:
-        """Write the state after update `step`."""
         ...

@@ -31,3 +31,9 @@ def derive_seed(*parts: int) -> int:
     """Mix integers into one seed in [0, 2^31): the same parts give the same seed on every machine."""
     packed = struct.pack(f"<{len(parts)}q", *parts)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little") & 0x7FFFFFFF
+
+
+def request_seed(seed: int, *, step: int, prompt_index: int, position: int, attempt: int = 0) -> int:
+    """Return the seed of a group: of the prompt at a position of update `step`, or of its `attempt`-th replacement."""
+    parts = (seed, step, prompt_index, position)
+    return derive_seed(*parts, attempt) if attempt else derive_seed(*parts)

@@ -37,6 +37,11 @@ class RunDir:
         """Return the folder of the workers' own output."""
         return self.path / "logs"
 
+    @property
+    def quarantine(self) -> Path:
+        """Return the file of the groups that no teacher could score."""
+        return self.path / "quarantine.jsonl"
+
     def holds_run(self) -> bool:
         """Whether a run has been here."""
         return (self.path / "config.yaml").exists()
@@ -80,6 +85,15 @@ class DiskCheckpoints:
         (partial / _STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+
+    def save_last(self, learner: Learner) -> str:
+        """Write the state after the learner's last update, unless it is there; return what a person is told of it."""
+        step = learner.version
+        if step == 0:
+            return "no update was finished, resume=auto starts again"
+        if step not in _steps(self.folder):
+            self.save(step, learner)
+        return f"the checkpoint {self.folder / _name(step)} is written, resume=auto goes on from update {step}"
 
     def restore(self, step: int, learner: Learner) -> None:
         """Load the state after update `step` into the learner; step 0 is the model as it was loaded."""

@@ -36,7 +36,8 @@ class RunTracker:
 
     def __init__(self, run_dir: RunDir, *, step: int, num_samples: int, sinks: Sequence[Sink], line: StepLine) -> None:
         self.history: list[dict[str, float]] = _kept_lines(run_dir.path / "metrics.jsonl", step=step)
-        _kept_lines(run_dir.path / "samples.jsonl", step=step)
+        for path in (run_dir.path / "samples.jsonl", run_dir.quarantine):
+            _kept_lines(path, step=step)
         self._run_dir = run_dir
         self._num_samples = num_samples
         self._sinks = sinks
@@ -57,6 +58,10 @@ class RunTracker:
         for sink in self._sinks:
             sink.log(step, record)
         self._line.show_step(step, record)
+
+    def holds(self, step: int) -> bool:
+        """Whether a step has been recorded, by this process or by the one that it resumes."""
+        return any(record["step"] == step for record in self.history)
 
     def finish(self, summary: Metrics) -> None:
         """Write summary.json and close the sinks."""

@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,10 +27,12 @@ from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
-from opd_ray.protocol import GroupSummary, Metrics
+from opd_ray.protocol import CannotGoOn, GroupSummary, Learner, Metrics
+from opd_ray.quarantine import DiskQuarantine
 from opd_ray.requests import held_out_request, held_out_samples, objective_ids, score_request, training_samples
 from opd_ray.routing import task_config, teacher_key, teachers_of
 from opd_ray.schedule import Schedule, derive_seed
+from opd_ray.screen import TeacherScreen
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
 from workers.faults import describe
@@ -44,7 +47,8 @@ _RUN_FAILED, _USER_ERROR, _INTERRUPTED = 1, 2, 130  # exit codes
 def train(config: Config, console: RunConsole) -> Metrics:
     """Run one configuration to its end and return its summary.
 
-    Raises ValueError, before any worker starts, for what a user can mend; RayError when a worker fails.
+    Raises ValueError, before any worker starts, for what a user can mend; RayError when a worker fails; CannotGoOn,
+    with a checkpoint written, when a teacher is gone or cannot score too many groups.
     """
     start = time.perf_counter()
     run_dir = RunDir.of(config)
@@ -80,12 +84,15 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 fleets = stack.enter_context(
                     workers.open_fleets(config, vocab_size=models.vocab_size, ids=ids, log_dir=run_dir.logs)
                 )
-                DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
+                checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
+                checkpoints.restore(step, fleets.learner)
+                stack.enter_context(_saved_when_stopped(checkpoints, fleets.learner))
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
                 )
-                _loop(config, fleets=fleets, prompts=prompts, tracker=tracker).run(step)
+                quarantine = DiskQuarantine(run_dir, say=console.say)
+                _loop(config, fleets=fleets, prompts=prompts, tracker=tracker, quarantine=quarantine).run(step)
             with console.phase("export student"):
                 fleets.learner.export(str(run_dir.export))
     summary = {**summarise(tracker.history, wall_s=time.perf_counter() - start), **measured}
@@ -117,6 +124,9 @@ def _hydra_main(composed: DictConfig) -> None:
         message = describe(error, log_dir=run_dir.logs)
         record_event(run_dir, kind="worker_failed", message=message)
         _fail(message, _RUN_FAILED)
+    except CannotGoOn as error:
+        record_event(RunDir.of(config), kind="run_stopped", message=str(error))
+        _fail(str(error), _RUN_FAILED)
     except ValueError as error:
         _fail(str(error), _USER_ERROR)
     except KeyboardInterrupt:
@@ -165,7 +175,31 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
     return mean_reward("teacher_accuracy", summaries)
 
 
-def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker) -> Loop:
+@contextmanager
+def _saved_when_stopped(checkpoints: DiskCheckpoints, learner: Learner) -> Iterator[None]:
+    """Write a checkpoint of the last update when no further one is possible, and add to the cause that it is there."""
+    try:
+        yield
+    except CannotGoOn as cause:
+        try:
+            words = checkpoints.save_last(learner)
+        except (RayError, OSError) as fault:
+            words = f"no checkpoint could be written: {fault}"
+        raise CannotGoOn(f"{cause}; {words}") from None
+
+
+def _loop(
+    config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker, quarantine: DiskQuarantine
+) -> Loop:
+    sampling = {task: training_samples(config, task) for task in prompts.tasks}
+    asked = score_request(config.objective)
+    source = TaskPrompts(
+        prompts.train,
+        num_prompts=config.batch.num_prompts,
+        shares={task: task_config(config, task).share for task in prompts.tasks},
+        mode=config.batch.mode,
+        seed=config.seed,
+    )
     return Loop(
         schedule=Schedule(
             num_steps=config.num_steps,
@@ -173,18 +207,23 @@ def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTr
             eval_every=config.eval_every,
             save_every=config.save_every,
         ),
-        sampling={task: training_samples(config, task) for task in prompts.tasks},
-        asked=score_request(config.objective),
+        sampling=sampling,
+        asked=asked,
         seed=config.seed,
         fleets=fleets,
-        prompts=TaskPrompts(
-            prompts.train,
-            num_prompts=config.batch.num_prompts,
-            shares={task: task_config(config, task).share for task in prompts.tasks},
-            mode=config.batch.mode,
+        prompts=source,
+        screen=TeacherScreen(
+            fleets=fleets,
+            prompts=source,
+            sampling=sampling,
+            asked=asked,
             seed=config.seed,
+            max_bad_fraction=config.batch.max_bad_fraction,
+            quarantine=quarantine,
         ),
-        evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets, asked=held_out_request(config)),
+        evaluator=FleetEvaluator(
+            held_out=_held_out(config, prompts), fleets=fleets, asked=held_out_request(config), quarantine=quarantine
+        ),
         checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
         tracker=tracker,
     )

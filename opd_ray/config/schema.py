@@ -144,9 +144,12 @@ class BatchConfig:
 
     num_prompts: int = 32
     mode: BatchMode = BatchMode.mixed  # with several tasks
+    max_bad_fraction: float = 0.1  # of num_prompts; more groups without a score end the run. Above 0 one is allowed
 
     def __post_init__(self) -> None:
         _require(self.num_prompts >= 1, "batch.num_prompts", self.num_prompts, "an integer of at least 1")
+        limit = self.max_bad_fraction
+        _require(0 <= limit <= 1, "batch.max_bad_fraction", limit, "a number from 0 to 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from opd_ray.protocol import Prompt
 from opd_ray.routing import check_tasks, task_config, verifier_name
 from opd_ray.schedule import derive_seed
 
-_TASK_STREAM = 4
+_TASK_STREAM, _REPLACEMENT_STREAM = 4, 5
 _TRAIN_STREAM, _HELD_OUT_STREAM = 1, 2  # a built-in task makes its two sets from different seeds
 
 
@@ -23,19 +23,19 @@ class ShuffledPrompts:
     """Endless training batches: each epoch is a permutation of its own, drawn from (seed, epoch)."""
 
     def __init__(self, prompts: Sequence[Prompt], *, num_prompts: int, seed: int) -> None:
-        self._prompts = prompts
+        self.prompts = prompts
         self._num_prompts = num_prompts
         self._seed = seed
 
     def batch(self, step: int) -> list[Prompt]:
         """Return the prompts of update `step`: positions step*n to (step+1)*n of the endless stream."""
-        size = len(self._prompts)
+        size = len(self.prompts)
         positions = range(step * self._num_prompts, (step + 1) * self._num_prompts)
         orders = {epoch: self._order(epoch) for epoch in {p // size for p in positions}}
-        return [self._prompts[orders[p // size][p % size]] for p in positions]
+        return [self.prompts[orders[p // size][p % size]] for p in positions]
 
     def _order(self, epoch: int) -> Any:
-        return np.random.default_rng(derive_seed(self._seed, epoch)).permutation(len(self._prompts))
+        return np.random.default_rng(derive_seed(self._seed, epoch)).permutation(len(self.prompts))
 
 
 class TaskPrompts:
@@ -50,6 +50,7 @@ class TaskPrompts:
         if mode is BatchMode.mixed:
             counts = dict(zip(self._tasks, in_shares(num_prompts, self._shares), strict=True))
         self._mode = mode
+        self._seed = seed
         self._streams = {
             task: ShuffledPrompts(
                 [p for p in prompts if p.task == task],
@@ -67,6 +68,19 @@ class TaskPrompts:
         before, after = (in_shares(n, self._shares) for n in (step, step + 1))
         index = int(np.argmax(np.subtract(after, before)))
         return self._streams[self._tasks[index]].batch(before[index])
+
+    def replacement(self, step: int, *, position: int, attempt: int) -> Prompt:
+        """Return another prompt for a position of update `step`: of its task, and not of that update if there is one.
+
+        A function of (seed, step, position, attempt); the attempts at a position are different prompts.
+        """
+        batch = self.batch(step)
+        task = batch[position].task
+        taken = {prompt.index for prompt in batch if prompt.task == task}
+        of_task = self._streams[task].prompts
+        others = [prompt for prompt in of_task if prompt.index not in taken] or of_task
+        first = derive_seed(self._seed, _REPLACEMENT_STREAM, step, position)
+        return others[(first + attempt) % len(others)]
 
 
 def in_shares(total: int, shares: npt.NDArray[np.float64]) -> list[int]:

@@ -1,18 +1,8 @@
-"""The HTTP teacher and a real vLLM server process on this machine's loopback.
-
-It is started by the module that `vllm serve` runs: the command itself asks for metadata that the CPU build lacks.
-"""
+"""The HTTP teacher and a real vLLM server process on this machine's loopback."""
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_group, reference_logprobs, reference_model, sampled
+from vllm_server import KEY_VARIABLE, Server, vllm_serve
 
 from opd_ray.config.teacher import HttpTeacherConfig
 from opd_ray.protocol import Payload, SampledScore, ScoreRequest, SupportScore, TrajectoryGroup
@@ -35,47 +26,6 @@ _TOP_4 = ScoreRequest(payload=Payload.support, top_k=4, sampled_logprobs=True)
 _RENORMALISED = ScoreRequest(payload=Payload.support, top_k=4, normalised=False)
 _TOO_MANY = ScoreRequest(payload=Payload.support, top_k=25)  # a server gives 20 unless told otherwise
 _TEMPERATURE = 0.7
-_START_TIMEOUT_S = 240.0
-_KEY_VARIABLE = "TEST_TEACHER_KEY"
-_SERVER_ENV = {
-    "VLLM_API_KEY": "correct",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # a server's engine has a process of its own
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    process: subprocess.Popen[bytes]
-    url: str
-
-    def config(self, **more: Any) -> HttpTeacherConfig:
-        base: dict[str, Any] = {"urls": [self.url], "api_key_env": _KEY_VARIABLE, "start_timeout_s": _START_TIMEOUT_S}
-        return HttpTeacherConfig(**(base | more))
-
-
-@contextmanager
-def vllm_serve(folder: str, *, log_file: Path) -> Iterator[Server]:
-    """Start a server in a process group of its own, and end the group on leaving."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = (
-        f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 64 --enforce-eager --served-model-name tiny"
-    )
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", folder, *flags.split()],
-            env=os.environ | _SERVER_ENV,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield Server(process=process, url=f"http://127.0.0.1:{port}")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _worker(config: HttpTeacherConfig, request: ScoreRequest, *, temperature: float = 1.0) -> HttpTeacherWorker:
@@ -122,11 +72,11 @@ async def _check_renormalised(worker: HttpTeacherWorker, model: torch.nn.Module,
 async def _check_refusals(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="greater than max allowed: 20"):
         await _worker(server.config(), _TOO_MANY).ready()
-    monkeypatch.setenv(_KEY_VARIABLE, "mistaken")
+    monkeypatch.setenv(KEY_VARIABLE, "mistaken")
     with pytest.raises(ValueError, match="answered 401") as caught:
         await _worker(server.config(), _SAMPLED).ready()
     assert "mistaken" not in str(caught.value)
-    monkeypatch.setenv(_KEY_VARIABLE, "correct")
+    monkeypatch.setenv(KEY_VARIABLE, "correct")
 
 
 async def _check_death(server: Server) -> None:
@@ -152,7 +102,7 @@ def test_scores_of_a_real_server_agree_with_plain_transformers_and_its_death_is_
 ) -> None:
     folder = model_folder(seed=2)
     model = reference_model(folder)
-    monkeypatch.setenv(_KEY_VARIABLE, "correct")
+    monkeypatch.setenv(KEY_VARIABLE, "correct")
 
     async def scenario(server: Server) -> None:
         worker = _worker(server.config(), _TOP_4)

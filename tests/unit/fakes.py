@@ -1,6 +1,6 @@
 """Stand-ins for the fleets and for what the loop reports to: each writes what it was asked to one list of events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from opd_ray.protocol import (
     Prompt,
     ScoreHandle,
     ScoreRequest,
+    ScoreSummary,
     WeightBundle,
 )
+from opd_ray.services import BadGroup
 
 Event = tuple[object, ...]
 PROMPTS_PER_STEP = 3  # prompt i of step s has the index s * PROMPTS_PER_STEP + i
@@ -29,10 +31,15 @@ def make_prompt(index: int = 0, *, task: str = "exact", answer: str | None = Non
 
 
 def make_summary(
-    *lengths: int, rewards: Sequence[float] = (), num_truncated: int = 0, text: str = "", task: str = "exact"
+    *lengths: int,
+    rewards: Sequence[float] = (),
+    num_truncated: int = 0,
+    text: str = "",
+    task: str = "exact",
+    prompt_index: int = 0,
 ) -> GroupSummary:
     return GroupSummary(
-        prompt_index=0,
+        prompt_index=prompt_index,
         task=task,
         num_prompt_tokens=2,
         response_lengths=lengths,
@@ -62,22 +69,40 @@ class FakeRollout:
         return {"time/load_s": 0.25}
 
     def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
-        return [make_summary(2, 3, rewards=self.rewards, text=str(g.summary.prompt.index), task=g.task) for g in groups]
+        return [
+            make_summary(
+                2,
+                3,
+                rewards=self.rewards,
+                text=str(g.summary.prompt.index),
+                task=g.task,
+                prompt_index=g.summary.prompt.index,
+            )
+            for g in groups
+        ]
 
 
 @dataclass
 class FakeTeacher:
     events: list[Event]
+    fault: Callable[[int, int], str] = lambda _index, _seed: ""  # of a group, by its prompt's index and its seed
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         self.events.append(("score", groups[0].group[1] // PROMPTS_PER_STEP, request))
-        return [ScoreHandle(teacher="teacher", summary=None, score=("score of", g.group)) for g in groups]
+        return [ScoreHandle(teacher="teacher", summary=g.group, score=("score of", g.group)) for g in groups]
+
+    def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
+        return [
+            ScoreSummary(num_tokens=5, num_bytes=20, dropped_mass_sum=0.0, score_s=0.1, fault=self.fault(index, seed))
+            for _, index, seed in (score.summary for score in scores)
+        ]
 
 
 @dataclass
 class FakeLearner:
     events: list[Event]
     batches: list[Batch] = field(default_factory=list)
+    version: int = 0
 
     def update(self, batch: Batch) -> Metrics:
         self.events.append(("learn", batch.step))
@@ -86,6 +111,7 @@ class FakeLearner:
 
     def publish(self, version: int) -> WeightBundle:
         self.events.append(("publish", version))
+        self.version = version
         return WeightBundle(version=version, manifest=None, buffer=None)
 
     def held_out_kl(self, batch: Batch) -> float:
@@ -114,6 +140,33 @@ class FakePrompts:
         indices = [first + stride * i for i in range(PROMPTS_PER_STEP)]
         return [make_prompt(i, task=self.tasks[i % len(self.tasks)]) for i in indices]
 
+    def replacement(self, step: int, *, position: int, attempt: int) -> Prompt:
+        """Return prompt 1000 * attempt + the index of the one that is replaced."""
+        replaced = self.batch(step)[position]
+        return make_prompt(1000 * attempt + replaced.index, task=replaced.task)
+
+
+@dataclass
+class FakeScreen:
+    events: list[Event]
+
+    def whole(self, batch: Batch) -> tuple[Batch, Metrics]:
+        self.events.append(("screen", batch.step))
+        return batch, {"teacher/bad_groups": 0.0}
+
+
+@dataclass
+class FakeQuarantine:
+    groups: list[BadGroup] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    where: str = "the/quarantine.jsonl"
+
+    def add(self, group: BadGroup) -> None:
+        self.groups.append(group)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
 
 @dataclass
 class FakeEvaluator:
@@ -138,10 +191,14 @@ class FakeTracker:
     events: list[Event]
     metrics: dict[int, Metrics] = field(default_factory=dict)
     summaries: dict[int, Sequence[GroupSummary]] = field(default_factory=dict)
+    held: set[int] = field(default_factory=set)  # recorded by the process before
 
     def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
         self.events.append(("log", step))
         self.metrics[step], self.summaries[step] = metrics, summaries
+
+    def holds(self, step: int) -> bool:
+        return step in self.metrics or step in self.held
 
 
 def fake_fleets(events: list[Event], *, rewards: Sequence[float] = ()) -> Fleets:

@@ -133,6 +133,8 @@ def test_the_result_shows_what_was_measured_and_says_what_was_not():
     assert rows["teacher accuracy"] == "not measured"
     assert rows["held-out reverse KL after"] == "not measured"
     assert "median step" not in rows
+    assert "groups without a score" not in rows
+    assert dict(result_rows({**summary, "bad_groups": 3.0}, history=[], phases={}))["groups without a score"] == "3"
     assert rows["seconds: train"] == "40.0"
     assert rows["seconds: whole run"] in ("61.2", "61.3")
 

@@ -8,6 +8,7 @@ from fakes import (
     FakeCheckpoints,
     FakeEvaluator,
     FakePrompts,
+    FakeScreen,
     FakeTracker,
     fake_fleets,
 )
@@ -34,7 +35,7 @@ class Run:
         return [event for event in self.events if event[0] in kinds]
 
 
-def run_loop(
+def run_loop(  # noqa: PLR0913 - each test changes one thing
     *,
     num_steps: int = 4,
     max_staleness: int = 0,
@@ -42,9 +43,11 @@ def run_loop(
     first_step: int = 0,
     seed: int = 5,
     prompts: FakePrompts | None = None,
+    unrecorded: tuple[int, ...] = (0,),
 ) -> Run:
     events: list[Event] = []
-    fleets, tracker = fake_fleets(events), FakeTracker(events)
+    held = set(range(first_step + 1)) - set(unrecorded)
+    fleets, tracker = fake_fleets(events), FakeTracker(events, held=held)
     eval_every, save_every = every
     Loop(
         schedule=Schedule(
@@ -55,6 +58,7 @@ def run_loop(
         seed=seed,
         fleets=fleets,
         prompts=prompts or FakePrompts(),
+        screen=FakeScreen(events),
         evaluator=FakeEvaluator(events),
         checkpoints=FakeCheckpoints(events),
         tracker=tracker,
@@ -176,8 +180,8 @@ def test_every_step_is_logged_once_with_what_was_learned_loaded_and_evaluated():
     run = run_loop(num_steps=3, every=(2, 0))
     assert run.of("log") == [("log", 0), ("log", 1), ("log", 2), ("log", 3)]
     assert run.tracker.metrics[0] == {"eval/accuracy": 0.0}
-    assert run.tracker.metrics[1] == {"train/loss": 0.0, "time/load_s": 0.25}
-    assert run.tracker.metrics[2] == {"train/loss": 1.0, "time/load_s": 0.25, "eval/accuracy": 2.0}
+    assert run.tracker.metrics[1] == {"teacher/bad_groups": 0.0, "train/loss": 0.0, "time/load_s": 0.25}
+    assert run.tracker.metrics[2] == run.tracker.metrics[1] | {"train/loss": 1.0, "eval/accuracy": 2.0}
 
 
 def test_a_step_is_logged_with_the_samples_it_learned_from():
@@ -196,6 +200,17 @@ def test_resuming_publishes_the_restored_step_first_evaluates_nothing_and_goes_o
     assert run.of("generate", "learn") == [("generate", 3, 3), ("generate", 4, 3), ("learn", 3), ("learn", 4)]
     assert run.of("evaluate") == [("evaluate", 5)]
     assert run.of("log") == [("log", 4), ("log", 5)]
+
+
+def test_every_batch_is_screened_right_before_it_is_learned_from():
+    events = run_loop(max_staleness=1).events
+    learned = [place for place, event in enumerate(events) if event[0] == "learn"]
+    assert [events[place - 1] for place in learned] == [("screen", step) for step in range(4)]
+
+
+def test_resuming_where_the_evaluation_was_broken_off_makes_up_for_it_first():
+    run = run_loop(num_steps=5, every=(3, 0), first_step=3, unrecorded=(3,))
+    assert run.of("evaluate", "log", "learn")[:3] == [("evaluate", 3), ("log", 3), ("learn", 3)]
 
 
 def test_resuming_a_finished_run_trains_no_more():

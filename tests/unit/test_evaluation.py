@@ -1,9 +1,10 @@
 from dataclasses import replace
 
-from fakes import Event, fake_fleets, make_prompt
+from fakes import Event, FakeQuarantine, fake_fleets, make_prompt
 
+from opd_ray.controller import Fleets
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
-from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
+from opd_ray.protocol import Metrics, Payload, SamplingOptions, ScoreRequest
 
 SAMPLING = SamplingOptions(
     num_samples=4, max_response_tokens=8, temperature=0.7, top_p=0.9, support_size=0, support_top_p=1.0
@@ -14,20 +15,22 @@ HELD_OUT = HeldOut(prompts=[make_prompt(i) for i in range(3)], sampling={"exact"
 
 def test_evaluation_gives_accuracy_average_and_kl():
     fleets = fake_fleets([], rewards=[1.0, 0.0])
-    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN).evaluate(2)
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN, quarantine=FakeQuarantine()).evaluate(2)
     assert metrics.pop("time/eval_s") >= 0
-    assert metrics == {"eval/reverse_kl": 0.75, "eval/accuracy": 0.5, "eval/accuracy_avg": 0.5}
+    assert metrics == {"eval/reverse_kl": 0.75, "eval/bad_groups": 0, "eval/accuracy": 0.5, "eval/accuracy_avg": 0.5}
 
 
 def test_accuracies_are_left_out_where_prompts_have_no_answers():
-    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fake_fleets([]), asked=HIDDEN).evaluate(2)
-    assert set(metrics) == {"eval/reverse_kl", "time/eval_s"}
+    metrics = FleetEvaluator(
+        held_out=HELD_OUT, fleets=fake_fleets([]), asked=HIDDEN, quarantine=FakeQuarantine()
+    ).evaluate(2)
+    assert set(metrics) == {"eval/reverse_kl", "eval/bad_groups", "time/eval_s"}
 
 
 def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_learned():
     events: list[Event] = []
     fleets = fake_fleets(events)
-    FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN).evaluate(2)
+    FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN, quarantine=FakeQuarantine()).evaluate(2)
     assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, HIDDEN), ("held_out_kl", 2)]
     (batch,) = fleets.learner.batches
     sampled = fleets.rollout.requests[3:]
@@ -37,7 +40,7 @@ def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_
 
 def test_one_pass_is_greedy_and_the_other_is_sampled_as_in_training():
     fleets = fake_fleets([])
-    FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN).evaluate(2)
+    FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN, quarantine=FakeQuarantine()).evaluate(2)
     greedy, sampled = fleets.rollout.requests[:3], fleets.rollout.requests[3:]
     assert all(
         r.sampling == replace(SAMPLING, num_samples=1, temperature=0.0, top_p=1.0) and r.version == 2 for r in greedy
@@ -48,7 +51,7 @@ def test_one_pass_is_greedy_and_the_other_is_sampled_as_in_training():
 
 def test_every_evaluation_uses_the_same_seeds_and_every_prompt_its_own():
     fleets = fake_fleets([])
-    evaluator = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN)
+    evaluator = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN, quarantine=FakeQuarantine())
     evaluator.evaluate(0)
     evaluator.evaluate(9)
     seeds = [request.seed for request in fleets.rollout.requests]
@@ -68,9 +71,50 @@ def test_with_several_tasks_each_has_its_own_numbers_and_its_own_sampling():
     prompts = [make_prompt(0), make_prompt(1, task="sort"), make_prompt(2, task="sort")]
     held_out = HeldOut(prompts=prompts, sampling={"exact": SAMPLING, "sort": other}, seed=5)
     fleets = fake_fleets([], rewards=[1.0, 0.0])
-    metrics = FleetEvaluator(held_out=held_out, fleets=fleets, asked=HIDDEN).evaluate(2)
+    metrics = FleetEvaluator(held_out=held_out, fleets=fleets, asked=HIDDEN, quarantine=FakeQuarantine()).evaluate(2)
     names = {"eval/reverse_kl", "eval/accuracy", "eval/accuracy_avg"}
-    assert set(metrics) == {"time/eval_s"} | {n + task for n in names for task in ("", "_exact", "_sort")}
+    assert set(metrics) == {"time/eval_s", "eval/bad_groups"} | {
+        n + task for n in names for task in ("", "_exact", "_sort")
+    }
     assert [r.sampling for r in fleets.rollout.requests[3:]] == [SAMPLING, other, other]
     assert [len(batch.groups) for batch in fleets.learner.batches] == [3, 1, 2]
     assert [p.index for p in held_out.of_task({"sort"}).prompts] == [1, 2]
+
+
+def evaluate_with_bad(*bad_prompts: int, held_out: HeldOut = HELD_OUT) -> tuple[Metrics, Fleets, FakeQuarantine]:
+    fleets, quarantine = fake_fleets([], rewards=[1.0, 0.0]), FakeQuarantine()
+    fleets.teacher.fault = lambda index, _: f"NaN at {index}" if index in bad_prompts else ""
+    evaluator = FleetEvaluator(held_out=held_out, fleets=fleets, asked=HIDDEN, quarantine=quarantine)
+    return evaluator.evaluate(2), fleets, quarantine
+
+
+def test_groups_without_a_score_are_left_out_of_the_kl_and_of_nothing_else_and_are_quarantined():
+    metrics, fleets, quarantine = evaluate_with_bad(1)
+    assert metrics["eval/bad_groups"] == 1
+    assert metrics["eval/accuracy_avg"] == 0.5
+    (batch,) = fleets.learner.batches
+    assert [group.summary.prompt.index for group in batch.groups] == [0, 2]
+    assert [score.score for score in batch.scores] == [("score of", group.group) for group in batch.groups]
+    (bad,) = quarantine.groups
+    assert (bad.step, bad.held_out, bad.teacher, bad.reason) == (2, True, "teacher", "NaN at 1")
+    assert (bad.seed, bad.summary.prompt_index) == (HELD_OUT.requests(version=2)[1].seed, 1)
+    assert quarantine.warnings == []
+
+
+def test_without_any_score_there_is_no_kl_and_a_warning():
+    metrics, fleets, quarantine = evaluate_with_bad(0, 1, 2)
+    assert "eval/reverse_kl" not in metrics
+    assert metrics["eval/bad_groups"] == 3
+    assert metrics["eval/accuracy"] == 0.5
+    assert fleets.learner.batches == []
+    (warning,) = quarantine.warnings
+    assert "version 2: none of 3 held-out groups could be scored" in warning
+    assert quarantine.where in warning
+
+
+def test_a_task_without_any_score_has_no_kl_while_the_others_keep_theirs():
+    prompts = [make_prompt(0), make_prompt(1, task="sort"), make_prompt(2, task="sort")]
+    held_out = HeldOut(prompts=prompts, sampling={"exact": SAMPLING, "sort": SAMPLING}, seed=5)
+    metrics, _, quarantine = evaluate_with_bad(0, held_out=held_out)
+    assert {name for name in metrics if "reverse_kl" in name} == {"eval/reverse_kl", "eval/reverse_kl_sort"}
+    assert quarantine.warnings == []

@@ -91,6 +91,11 @@ def test_the_summary_takes_the_first_and_the_last_evaluation_and_the_median_step
     }
 
 
+def test_the_summary_counts_the_groups_without_a_score_over_all_updates():
+    history = [{"step": 0, "eval/bad_groups": 7.0}, *({"step": n, "teacher/bad_groups": float(n)} for n in (1, 2))]
+    assert summarise(history, wall_s=1.0)["bad_groups"] == 3
+
+
 def test_what_was_never_measured_is_left_out_of_the_summary():
     assert summarise([{"step": 0}], wall_s=1.0) == {"wall_s": 1.0, "steps": 0}
 

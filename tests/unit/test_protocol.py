@@ -63,7 +63,7 @@ MESSAGES = [
     HiddenScore(
         hidden_ND=np.arange(8, dtype=np.uint16).reshape(2, 4), sampled_logprobs_N=np.zeros(0, dtype=np.float32)
     ),
-    ScoreSummary(num_tokens=5, num_bytes=20, dropped_mass_sum=0.01, score_s=0.1),
+    ScoreSummary(num_tokens=5, num_bytes=20, dropped_mass_sum=0.01, score_s=0.1, fault="NaN"),
     *HANDLES["groups"],
     *HANDLES["scores"],
     Batch(step=2, groups=HANDLES["groups"], scores=HANDLES["scores"]),

@@ -102,6 +102,22 @@ def test_a_checkpoint_holds_what_the_learner_wrote_and_is_restored_from_the_same
     assert learner.events[-1] == ("restore", str(checkpoints.folder / "step-000007"))
 
 
+def test_the_last_state_is_that_of_the_version_published_last_and_is_written_once(tmp_path: Path):
+    checkpoints, learner = DiskCheckpoints(folder=tmp_path), FakeLearner([], version=7)
+    words = checkpoints.save_last(learner)
+    assert names(tmp_path) == ["step-000007"]
+    assert str(tmp_path / "step-000007") in words
+    assert "resume=auto goes on from update 7" in words
+    assert checkpoints.save_last(learner) == words
+    assert [event[0] for event in learner.events] == ["save"]
+
+
+def test_before_the_first_update_there_is_no_last_state(tmp_path: Path):
+    words = DiskCheckpoints(folder=tmp_path / "checkpoints").save_last(FakeLearner([]))
+    assert words == "no update was finished, resume=auto starts again"
+    assert names(tmp_path) == []
+
+
 def test_the_learner_writes_beside_the_final_place(tmp_path: Path):
     learner = FakeLearner([])
     DiskCheckpoints(folder=tmp_path).save(7, learner)

@@ -92,6 +92,23 @@ def test_resuming_drops_the_lines_after_the_checkpoint_and_keeps_the_history_bef
     assert [line["train/loss"] for line in lines(tmp_path)] == [0.0, 1.0, 2.0, 30.0]
 
 
+def test_resuming_drops_what_was_quarantined_after_the_checkpoint(tmp_path: Path):
+    file = RunDir(path=tmp_path).quarantine
+    file.write_text("".join(json.dumps({"step": step, "reason": "NaN"}) + "\n" for step in (1, 2, 2, 3)))
+    open_tracker(tmp_path, step=2)
+    assert [line["step"] for line in lines(tmp_path, file.name)] == [1, 2, 2]
+
+
+def test_a_step_is_held_once_it_is_recorded_in_this_process_or_before(tmp_path: Path):
+    before = open_tracker(tmp_path)
+    assert not before.holds(0)
+    for step in range(3):
+        before.log(step, {"train/loss": 1.0})
+    assert before.holds(2)
+    resumed = open_tracker(tmp_path, step=1)
+    assert (resumed.holds(1), resumed.holds(2)) == (True, False)
+
+
 def test_the_history_is_what_was_written(tmp_path: Path):
     tracker = open_tracker(tmp_path)
     tracker.log(0, {"eval/accuracy": 0.25})

@@ -22,16 +22,20 @@ class RayLearner:
         self._objective = arguments["objective"].config
         self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
         self._set_up = self._start_ranks(local=berth.local)
+        self._version = 0
 
     def wait_ready(self) -> None:
         """Block until every rank has its engine."""
         ray.get(self._set_up)
 
+    @property
+    def version(self) -> int:
+        """Return the version last published."""
+        return self._version
+
     def update(self, batch: Batch) -> Metrics:
         """Wait for the batch's last score, then take one optimizer update on all ranks."""
-        start = time.perf_counter()
         summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
-        generated = time.perf_counter()
         scored: list[ScoreSummary] = ray.get([s.summary for s in batch.scores])
         ready = time.perf_counter()
         shares = self._split(batch, summaries)
@@ -39,8 +43,6 @@ class RayLearner:
         return {
             **combine(reports, estimate=estimate_name(self._objective)),
             **teacher_metrics(scored),
-            "time/wait_rollout_s": generated - start,
-            "time/wait_teacher_s": ready - generated,
             "time/update_s": time.perf_counter() - ready,
         }
 
@@ -54,6 +56,7 @@ class RayLearner:
         """Start gathering the weights of all ranks; the references resolve when they are in the object store."""
         pairs = [rank.publish.options(num_returns=2).remote(version) for rank in self._ranks]
         manifest, buffer = pairs[0]
+        self._version = version
         return WeightBundle(version=version, manifest=manifest, buffer=buffer)
 
     def save(self, folder: str) -> None:
@@ -99,7 +102,9 @@ def rank_batches(
 ) -> list[tuple[list[int], RankBatch]]:
     """Return for each rank the groups of its share, as positions, and what to do with them.
 
-    teachers names the one that scored each group: sequences of different teachers share no micro-batch.
+    teachers names the one that scored each group: sequences of different teachers share no micro-batch. An evaluation
+    that left groups out may have fewer than ranks; a rank without any reads the first one in empty micro-batches, since
+    all ranks make as many collective calls.
     """
     costs = [s.num_prompt_tokens * len(s.response_lengths) + sum(s.response_lengths) for s in summaries]
     shares = partition(costs, num_ranks)
@@ -113,10 +118,10 @@ def rank_batches(
     most = max(map(len, cuts))
     return [
         (
-            share,
+            share or [0],
             RankBatch(
                 version=version,
-                teachers=tuple(teachers[i] for i in share),
+                teachers=tuple(teachers[i] for i in share or [0]),
                 micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
             ),
         )

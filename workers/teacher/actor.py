@@ -1,5 +1,8 @@
 """The actor of a teacher's pool: the kind of worker that the configuration asks for, with or without alignment."""
 
+import asyncio
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +11,12 @@ from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.protocol import Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from workers.teacher.aligned import AlignedTeacher, Scorer
+from workers.teacher.errors import BadScore
 from workers.teacher.http import HttpTeacherWorker
+from workers.teacher.score_checks import check_score
 from workers.teacher.worker import TeacherWorker
 
+_LOG = logging.getLogger(__name__)
 _MORE_TEACHER_TOKENS = 2  # room for a teacher whose tokenizer cuts the same text into more tokens
 
 
@@ -35,6 +41,7 @@ class TeacherActor:
             "temperature": temperature,
             "equivalent_ids": equivalent_ids,
         }
+        self._vocab_size = vocab_size
         self._scorer: Scorer
         if config.kind is TeacherKind.http:
             assert config.http is not None
@@ -53,9 +60,24 @@ class TeacherActor:
         """Answer once the teacher can score."""
         return await self._scorer.ready()
 
-    async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
-        """Score every response token of a group."""
-        return await self._scorer.score(group, request)
+    async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score | None]:
+        """Score every response token of a group; for one that cannot be scored the summary says why."""
+        return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
+
+
+async def answered(
+    scorer: Scorer, group: TrajectoryGroup, request: ScoreRequest, *, vocab_size: int
+) -> tuple[ScoreSummary, Score | None]:
+    """Return a scorer's answer, checked; what is wrong with a group or its score becomes the summary's fault."""
+    start = time.perf_counter()
+    try:
+        summary, score = await scorer.score(group, request)
+        await asyncio.to_thread(check_score, score, group, request, vocab_size=vocab_size)
+    except ValueError as error:  # a BadScore, or engine or aligner refuse the sequence
+        _LOG.warning("prompt %d: %s", group.prompt_index, error, exc_info=not isinstance(error, BadScore))
+        score_s = time.perf_counter() - start
+        return ScoreSummary(num_tokens=0, num_bytes=0, dropped_mass_sum=0.0, score_s=score_s, fault=str(error)), None
+    return summary, score
 
 
 def _vocab_size(path: str) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from opd_ray.data.byte_aligner import ByteAligner, TeacherGroup
 from opd_ray.protocol import SampledScore, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from workers.teacher.messages import num_bytes
+from workers.teacher.score_checks import check_score
 
 
 class Scorer(Protocol):
@@ -37,7 +38,9 @@ class AlignedTeacher:
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
         """Score the group's text; tokens whose span the teacher cannot read are not valid."""
         read = await asyncio.to_thread(self._aligner.to_teacher, group)
-        summary, score = await self._scorer.score(_in_teachers_tokens(group, read), request)
+        of_teacher = _in_teachers_tokens(group, read)
+        summary, score = await self._scorer.score(of_teacher, request)
+        check_score(score, of_teacher, request)  # now, before its values are summed
         assert isinstance(score, SampledScore)
         given = read.to_student(score.logprobs_N, group=group)
         of_student = SampledScore(logprobs_N=given.logprobs_N, valid_N=given.valid_N)

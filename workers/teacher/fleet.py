@@ -7,10 +7,11 @@ import ray
 
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
-from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
+from opd_ray.protocol import CannotGoOn, GroupHandle, Payload, Ref, ScoreHandle, ScoreRequest, ScoreSummary
 from opd_ray.requests import check_offered, held_out_request, score_request
 from workers.fleet import Berth, kill, spawn
 from workers.teacher.actor import TeacherActor
+from workers.teacher.errors import TeacherDown
 from workers.teacher.http import check_request, offered
 
 
@@ -46,12 +47,16 @@ class RayTeacherFleet:
         self._num_dealt = 0
 
     def wait_ready(self) -> None:
-        """Block until every engine is built."""
-        ray.get([worker.ready.remote() for worker in self._workers])
+        """Block until every worker can score. Raises CannotGoOn when no server of a teacher comes up."""
+        self._get([worker.ready.remote() for worker in self._workers])
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring; return at once. Ray starts each call the moment its own group is finished."""
         return [self._score(group, request) for group in groups]
+
+    def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
+        """Wait for scores and return their summaries, in order. Raises CannotGoOn when the teacher is gone."""
+        return self._get([score.summary for score in scores])
 
     def score_by_all(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[list[ScoreHandle]]:
         """Have every worker score the groups, to compare them; return at once, a list for each worker."""
@@ -60,6 +65,12 @@ class RayTeacherFleet:
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)
+
+    def _get(self, refs: Sequence[Ref]) -> list[Any]:
+        try:
+            return ray.get(list(refs))
+        except TeacherDown as error:  # Ray raises it with the worker's traceback for a message
+            raise CannotGoOn(f"{self._name}: {getattr(error, 'cause', error)}") from None
 
     def _score(self, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
         worker: Any = self._workers[self._num_dealt % len(self._workers)]

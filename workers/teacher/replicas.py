@@ -26,7 +26,7 @@ _MAX_BACKOFF_S = 30.0
 _MAX_PROBE_DELAY_S = 5.0
 _PROBE_TIMEOUT_S = 5.0
 _MAX_MESSAGE_CHARACTERS = 300
-_OK, _TOO_MANY_REQUESTS = 200, 429
+_OK, _TOO_MANY_REQUESTS, _SERVER_ERROR = 200, 429, 500
 
 
 @dataclass(slots=True)
@@ -40,9 +40,12 @@ class _Replica:
 class _Fault(Exception):
     """An attempt failed in a way that another may not."""
 
-    def __init__(self, message: str, *, replica: _Replica | None = None, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self, message: str, *, replica: _Replica | None = None, status: int = 0, retry_after_s: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.replica = replica
+        self.status = status  # of the answer; 0: there was none
         self.retry_after_s = retry_after_s
 
 
@@ -92,7 +95,8 @@ class Replicas:
         """Send JSON and return the body of the answer.
 
         Connection errors, timeouts, 5xx and 429 are tried again, up to max_attempts times; any other 4xx raises
-        BadScore with the server's message. Raises TeacherDown when all attempts failed.
+        BadScore with the server's message. When all attempts failed: BadScore where the last was answered 500 by a
+        server that is well, which is how vLLM answers a sequence whose log-probs are NaN; else TeacherDown.
         """
         return await self._ask("POST", path, body)
 
@@ -120,6 +124,8 @@ class Replicas:
                     fault = error
             elapsed_s = time.monotonic() - start
         attempts = f"{self._config.max_attempts} attempts in {elapsed_s:.1f} s"
+        if fault.status == _SERVER_ERROR and fault.replica is not None and await self._health(fault.replica) is None:
+            raise BadScore(f"{fault}; {attempts}, and the server is well")
         raise TeacherDown(f"the teacher's server is down, {attempts}: {fault}")
 
     async def _healthy(self, *, avoid: _Replica | None) -> _Replica:
@@ -152,7 +158,7 @@ class Replicas:
         if response.status != _TOO_MANY_REQUESTS:
             self._set_aside(replica, words)
         retry_after_s = min(_retry_after_s(response.headers.get("Retry-After", "")), limit_s)
-        raise _Fault(f"{url} {words}", replica=replica, retry_after_s=retry_after_s)
+        raise _Fault(f"{url} {words}", replica=replica, status=response.status, retry_after_s=retry_after_s)
 
     def _request(
         self, replica: _Replica, method: str, path: str, body: bytes | None = None

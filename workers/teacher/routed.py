@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from opd_ray.protocol import GroupHandle, ScoreHandle, ScoreRequest, TeacherFleet
+from opd_ray.protocol import GroupHandle, ScoreHandle, ScoreRequest, ScoreSummary, TeacherFleet
 from opd_ray.routing import Teachers
 
 
@@ -16,3 +16,7 @@ class RoutedTeachers:
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring, in the order of the groups; return at once."""
         return [self._fleets[self._teachers.name_of(group.task)].score([group], request)[0] for group in groups]
+
+    def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
+        """Wait for scores and return their summaries, in order."""
+        return [self._fleets[score.teacher].summaries([score])[0] for score in scores]

@@ -49,6 +49,9 @@ RULES: list[tuple[Callable[..., object], str, object, str]] = [
     (some_data, "data.num_prompts", 0, ANY_COUNT),
     (some_data, "data.max_prompt_tokens", 0, "at least 1"),
     (BatchConfig, "batch.num_prompts", 0, ANY_COUNT),
+    (BatchConfig, "batch.max_bad_fraction", -0.1, "a number from 0 to 1"),
+    (BatchConfig, "batch.max_bad_fraction", 1.5, "a number from 0 to 1"),
+    (BatchConfig, "batch.max_bad_fraction", float("nan"), "a number from 0 to 1"),
     (RolloutConfig, "rollout.samples_per_prompt", 0, ANY_COUNT),
     (RolloutConfig, "rollout.max_response_tokens", 0, ANY_COUNT),
     (RolloutConfig, "rollout.num_workers", -1, ANY_COUNT),
@@ -89,6 +92,8 @@ def test_a_value_outside_its_range_is_refused_by_key_value_and_expectation(
     ("build", "name", "value"),
     [
         (TinyModelConfig, "num_layers", 1),
+        (BatchConfig, "max_bad_fraction", 0.0),
+        (BatchConfig, "max_bad_fraction", 1.0),
         (RolloutConfig, "top_p", 1.0),
         (TaskConfig, "top_p", 1.0),
         (TaskConfig, "loss_weight", 0.0),

@@ -163,6 +163,39 @@ def test_of_one_task_the_batches_are_those_of_its_prompts_alone(
     assert known(source.batch(step)) == known(shuffled(size=7, num_prompts=num_prompts, seed=seed).batch(step))
 
 
+@given(mode=MODES, seed=st.integers(0, 5), step=st.integers(0, 20), num_prompts=st.integers(3, 6))
+def test_a_replacement_is_another_prompt_of_the_same_task_and_the_attempts_differ(
+    mode: BatchMode, seed: int, step: int, num_prompts: int
+):
+    sizes = {"copy": 20, "sort": 30}
+    source = of_tasks(mode, num_prompts=num_prompts, shares=dict.fromkeys(sizes, 1.0), seed=seed, sizes=sizes)
+    batch = source.batch(step)
+    for position, replaced in enumerate(batch):
+        others = [source.replacement(step, position=position, attempt=attempt) for attempt in (1, 2, 3)]
+        assert {other.task for other in others} == {replaced.task}
+        assert not set(known(others)) & set(known(batch))
+        assert len(set(known(others))) == 3
+
+
+def test_replacements_depend_on_seed_step_and_position_and_on_nothing_that_was_asked_before():
+    def drawn(*, seed: int, step: int, position: int) -> int:
+        source = of_tasks(BatchMode.mixed, num_prompts=4, shares={"sort": 1.0}, seed=seed, sizes={"sort": 500})
+        return source.replacement(step, position=position, attempt=1).index
+
+    first = drawn(seed=0, step=3, position=1)
+    assert drawn(seed=0, step=3, position=1) == first
+    others = [drawn(seed=1, step=3, position=1), drawn(seed=0, step=4, position=1), drawn(seed=0, step=3, position=2)]
+    assert len({first, *others}) == 4
+    source = of_tasks(BatchMode.mixed, num_prompts=4, shares={"sort": 1.0}, sizes={"sort": 500})
+    source.replacement(2, position=0, attempt=1)
+    assert source.replacement(3, position=1, attempt=1).index == first
+
+
+def test_where_every_prompt_is_in_the_batch_a_replacement_is_one_of_them():
+    source = of_tasks(BatchMode.mixed, num_prompts=3, shares={"exact": 1.0}, sizes={"exact": 3})
+    assert known([source.replacement(0, position=1, attempt=1)])[0] in known(source.batch(0))
+
+
 def test_the_tasks_have_orders_of_their_own():
     sizes = {"copy": 50, "sort": 50}
     batch = of_tasks(BatchMode.mixed, num_prompts=100, shares=dict.fromkeys(sizes, 1.0), sizes=sizes).batch(0)

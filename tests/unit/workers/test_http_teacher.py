@@ -197,6 +197,35 @@ def test_a_refusal_is_a_bad_score_with_the_servers_words_shortened() -> None:
     assert "prompt 0: " in str(caught.value)
 
 
+def test_a_sequence_that_fails_a_server_which_is_well_is_a_bad_score_and_the_next_one_is_scored() -> None:
+    server = FakeServer(script=[status(500, "Out of range float values are not JSON compliant")] * 3)
+
+    async def scenario() -> Any:
+        async with teacher_of(server) as teacher:
+            with pytest.raises(BadScore, match=r"answered 500: Out of range.*3 attempts.*and the server is well"):
+                await teacher.score(ONE, SAMPLED)
+            return (await teacher.score(ONE, SAMPLED))[1]
+
+    score = asyncio.run(scenario())
+    np.testing.assert_array_equal(score.logprobs_N, of_sampled(truth(ONE), ONE))
+
+
+def test_a_server_that_fails_and_is_not_well_is_down() -> None:
+    server = FakeServer()
+
+    def fail(answer: Any) -> Any:
+        server.healthy = len(server.requests) < 3  # of three attempts
+        return status(500, "the engine is dead")(answer)
+
+    async def scenario() -> None:
+        async with teacher_of(server) as teacher:
+            server.script += [fail] * 3
+            with pytest.raises(TeacherDown, match="answered 500: the engine is dead"):
+                await teacher.score(ONE, SAMPLED)
+
+    asyncio.run(scenario())
+
+
 def first_response_row(change: Any) -> Any:
     """Return an answer whose row of the first response token (position 2 of ONE) is changed."""
     return changed(lambda positions: change(positions[2]))

@@ -65,3 +65,12 @@ def test_sequences_that_would_fit_into_one_micro_batch_are_cut_by_teacher():
 def test_one_teacher_is_cut_by_length_alone():
     _, ((_, batch),) = split([([3, 8], "a"), ([8], "a"), ([3], "a")], num_ranks=1, max_tokens=20)
     assert batch.micro_batches == ((1, 2), (0, 3))
+
+
+def test_a_rank_for_which_no_group_is_left_reads_the_first_one_and_counts_nothing_of_it():
+    _, shares = split([([3, 3], "b"), ([5], "a")], num_ranks=3, max_tokens=8)
+    assert sorted(share for share, batch in shares if any(batch.micro_batches)) == [[0], [1]]
+    ((share, batch),) = [pair for pair in shares if not any(pair[1].micro_batches)]
+    assert share == [0]
+    assert batch.teachers == ("b",)
+    assert batch.micro_batches == ((), ())

@@ -15,7 +15,14 @@ class NamedTeacher:
 
     def score(self, groups: list[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         self.asked.append(request)
-        return [ScoreHandle(teacher=self.name, summary=None, score=("score of", g.group)) for g in groups]
+        return [
+            ScoreHandle(teacher=self.name, summary=("by", self.name, g.group), score=("score of", g.group))
+            for g in groups
+        ]
+
+    def summaries(self, scores: list[ScoreHandle]) -> list[object]:
+        assert {score.teacher for score in scores} == {self.name}
+        return [score.summary for score in scores]
 
 
 def route(*tasks: str, of_task: dict[str, str]) -> tuple[list[ScoreHandle], dict[str, NamedTeacher]]:
@@ -43,3 +50,10 @@ def test_no_groups_are_no_scores_and_nobody_is_asked():
     scores, fleets = route(of_task={"a": "a"})
     assert scores == []
     assert fleets["a"].asked == []
+
+
+def test_every_score_is_waited_for_at_its_own_teacher_and_the_summaries_keep_their_order():
+    of_task = {"a": "a", "b": "b"}
+    scores, fleets = route("b", "a", "b", of_task=of_task)
+    teachers = Teachers(by_name={name: TeacherConfig(path=name) for name in fleets}, of_task=of_task)
+    assert RoutedTeachers(fleets, teachers).summaries(scores) == [("by", "b", 0), ("by", "a", 1), ("by", "b", 2)]

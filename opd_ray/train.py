@@ -22,6 +22,7 @@ from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import PromptSets, TaskPrompts, load_prompts
+from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts, with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
@@ -58,6 +59,8 @@ def train(config: Config, console: RunConsole) -> Metrics:
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
+    room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
+    check_teacher_room(config, room)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=models.vocab_size, local=local)]
@@ -78,9 +81,11 @@ def train(config: Config, console: RunConsole) -> Metrics:
         with ExitStack() as stack:
             with console.phase("start workers"):
                 fleets = stack.enter_context(
-                    workers.open_fleets(config, vocab_size=models.vocab_size, ids=ids, log_dir=run_dir.logs)
+                    workers.open_fleets(
+                        config, vocab_size=models.vocab_size, ids=ids, prompt_tokens=room, log_dir=run_dir.logs
+                    )
                 )
-                DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
+                DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner, fleets.teacher)
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
@@ -159,9 +164,11 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
         if teacher.evaluate and mine.prompts:
             with (
                 console.phase(f"evaluate {teacher_key(name).removesuffix('.path')}"),
-                workers.teacher_sampler(config, teacher, log_dir=RunDir.of(config).logs) as sampler,
+                workers.teacher_sampler(
+                    with_room(config, [p.teacher_ids_P for p in mine.prompts]), teacher, log_dir=RunDir.of(config).logs
+                ) as sampler,
             ):
-                summaries += greedy_summaries(mine, sampler)
+                summaries += greedy_summaries(mine.as_teacher_reads(), sampler)
     return mean_reward("teacher_accuracy", summaries)
 
 

@@ -12,7 +12,7 @@ from opd_ray.protocol import (
     GenerateRequest,
     GroupHandle,
     GroupSummary,
-    Learner,
+    Lasting,
     Metrics,
     Prompt,
     ScoreHandle,
@@ -73,6 +73,16 @@ class FakeTeacher:
         self.events.append(("score", groups[0].group[1] // PROMPTS_PER_STEP, request))
         return [ScoreHandle(teacher="teacher", summary=None, score=("score of", g.group)) for g in groups]
 
+    def follow(self, weights: WeightBundle) -> Metrics:
+        self.events.append(("follow", weights.version))
+        return {"time/teacher_load_s": 0.5}
+
+    def save(self, folder: str) -> None:
+        self.events.append(("save teacher", folder))
+
+    def restore(self, folder: str) -> None:
+        self.events.append(("restore teacher", folder))
+
 
 @dataclass
 class FakeLearner:
@@ -128,8 +138,8 @@ class FakeEvaluator:
 class FakeCheckpoints:
     events: list[Event]
 
-    def save(self, step: int, learner: Learner) -> None:
-        assert isinstance(learner, FakeLearner)
+    def save(self, step: int, *parts: Lasting) -> None:
+        assert [type(part) for part in parts] == [FakeLearner, FakeTeacher]
         self.events.append(("checkpoint", step))
 
 

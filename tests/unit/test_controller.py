@@ -62,6 +62,14 @@ def run_loop(
     return Run(events, fleets.rollout.requests, fleets.learner.batches, tracker)
 
 
+def test_a_teacher_that_follows_the_student_has_every_version_before_anything_is_scored_with_it():
+    run = run_loop(num_steps=3)
+    followed = run.of("load", "follow", "score")
+    assert [event[:2] for event in followed] == [
+        pair for step in range(3) for pair in (("load", step), ("follow", step), ("score", step))
+    ] + [("load", 3), ("follow", 3)]
+
+
 def test_without_staleness_generate_learn_and_publish_alternate_strictly():
     run = run_loop(num_steps=3)
     assert run.of("publish", "load", "generate", "learn") == [
@@ -157,7 +165,7 @@ def test_evaluation_comes_at_the_start_at_its_period_and_at_the_end_after_the_ne
     assert run.of("evaluate") == [("evaluate", 0), ("evaluate", 2), ("evaluate", 4), ("evaluate", 5)]
     for place, event in enumerate(run.events):
         if event[0] == "evaluate":
-            assert run.events[place - 1] == ("load", event[1])
+            assert run.events[place - 2 : place] == [("load", event[1]), ("follow", event[1])]
 
 
 def test_checkpoints_come_at_their_period_and_at_the_end_after_the_step_is_logged():
@@ -176,7 +184,7 @@ def test_every_step_is_logged_once_with_what_was_learned_loaded_and_evaluated():
     run = run_loop(num_steps=3, every=(2, 0))
     assert run.of("log") == [("log", 0), ("log", 1), ("log", 2), ("log", 3)]
     assert run.tracker.metrics[0] == {"eval/accuracy": 0.0}
-    assert run.tracker.metrics[1] == {"train/loss": 0.0, "time/load_s": 0.25}
+    assert run.tracker.metrics[1] == {"train/loss": 0.0, "time/load_s": 0.25, "time/teacher_load_s": 0.5}
     assert run.tracker.metrics[2] == {"train/loss": 1.0, "time/load_s": 0.25, "eval/accuracy": 2.0}
 
 

@@ -44,7 +44,7 @@ class RolloutWorker:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from workers.rollout import object_store_engine
+        from workers import object_store_engine
 
         object_store_engine.register()
         arguments: dict[str, Any] = {
@@ -175,6 +175,7 @@ def build_group(request: GenerateRequest, completions: list[Any], *, rewards: Fl
         prompt_index=request.prompt.index,
         task=request.prompt.task,
         seed=request.seed,
+        teacher_prompt_ids=request.prompt.teacher_ids_P,
     )
 
 

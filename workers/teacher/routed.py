@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from opd_ray.protocol import GroupHandle, ScoreHandle, ScoreRequest, TeacherFleet
+from opd_ray.protocol import GroupHandle, Metrics, ScoreHandle, ScoreRequest, TeacherFleet, WeightBundle
 from opd_ray.routing import Teachers
 
 
@@ -16,3 +16,21 @@ class RoutedTeachers:
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring, in the order of the groups; return at once."""
         return [self._fleets[self._teachers.name_of(group.task)].score([group], request)[0] for group in groups]
+
+    def follow(self, weights: WeightBundle) -> Metrics:
+        """Show a new version of the student to all; return the longest times."""
+        metrics: dict[str, float] = {}
+        for fleet in self._fleets.values():
+            for name, value in fleet.follow(weights).items():
+                metrics[name] = max(value, metrics.get(name, value))
+        return metrics
+
+    def save(self, folder: str) -> None:
+        """Write the state of all that have one."""
+        for fleet in self._fleets.values():
+            fleet.save(folder)
+
+    def restore(self, folder: str) -> None:
+        """Load the state of all that have one."""
+        for fleet in self._fleets.values():
+            fleet.restore(folder)

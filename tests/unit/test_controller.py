@@ -183,9 +183,10 @@ def test_no_checkpoint_is_written_when_the_period_is_zero():
 def test_every_step_is_logged_once_with_what_was_learned_loaded_and_evaluated():
     run = run_loop(num_steps=3, every=(2, 0))
     assert run.of("log") == [("log", 0), ("log", 1), ("log", 2), ("log", 3)]
+    loaded = {"time/load_s": 0.25, "time/teacher_load_s": 0.5}
     assert run.tracker.metrics[0] == {"eval/accuracy": 0.0}
-    assert run.tracker.metrics[1] == {"train/loss": 0.0, "time/load_s": 0.25, "time/teacher_load_s": 0.5}
-    assert run.tracker.metrics[2] == {"train/loss": 1.0, "time/load_s": 0.25, "eval/accuracy": 2.0}
+    assert run.tracker.metrics[1] == {"train/loss": 0.0, **loaded}
+    assert run.tracker.metrics[2] == {"train/loss": 1.0, **loaded, "eval/accuracy": 2.0}
 
 
 def test_a_step_is_logged_with_the_samples_it_learned_from():

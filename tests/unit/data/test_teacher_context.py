@@ -61,7 +61,8 @@ def test_without_a_context_the_teacher_has_no_prompt_of_its_own(tmp_path: Path):
 
 def test_braces_in_prompts_and_answers_are_text(tmp_path: Path):
     def refused() -> None:
-        load(tmp_path, [{"prompt": "1=", "answer": "{prompt}"}] * 5, "teacher.context='{answer}{prompt}'")
+        rows = [{"prompt": f"{i}=", "answer": "{prompt}"} for i in range(5)]
+        load(tmp_path, rows, "teacher.context='{answer}{prompt}'")
 
     message = refusal(refused)  # the tiny tokenizer knows no braces: they have come through as they were
     assert message.startswith(f"{tmp_path}/prompts.jsonl, line 1, in teacher.context: ")
@@ -77,7 +78,8 @@ def test_in_a_chat_the_last_user_message_is_what_the_template_makes_of_it(tmp_pa
         {"role": "assistant", "content": "5"},
     ]
     rows = [{"messages": [*messages, {"role": "tool", "content": str(i)}], "answer": "9"} for i in range(3)]
-    (prompt,) = load(tmp_path, rows, "teacher.context='{answer}{prompt}{prompt}'", template=TEMPLATE).train
+    more = ("teacher.context='{answer}{prompt}{prompt}'", "data.max_prompt_tokens=16")
+    (prompt,) = load(tmp_path, rows, *more, template=TEMPLATE).train
     assert both(prompt) == ("1+2+3+4+5+0+=", "1+2+3+944+5+0+=")
 
 

@@ -3,6 +3,7 @@ from config_files import compose_config, compose_raw, refusal
 from omegaconf import OmegaConf
 
 from opd_ray.config.load import load
+from opd_ray.config.schema import TeacherConfig, TinyModelConfig
 from opd_ray.config.teacher import SelfUpdate, TeacherKind, check_context, shows_answer
 
 RUN = ("name=run", "num_steps=3", "student.path=student", "data.task=sort")
@@ -37,12 +38,16 @@ def test_loading_leaves_the_composed_configuration_as_it_was() -> None:
         (["teacher.path=x"], "teacher.path=x with kind=self: expected student.path=student"),
         (["teacher.self.ema_decay=1.5"], "teacher.self.ema_decay=1.5: expected a number in [0, 1]"),
         (["teacher.alignment=bytes"], "teacher.alignment=bytes: expected none with kind=self"),
-        (["teacher.build={num_layers: 1}"], "teacher.build={...}: expected null with kind=self"),
         (["teacher.kind=vllm", "teacher.path=x", "teacher.self.update=ema"], "expected its default unless kind=self"),
     ],
 )
 def test_what_does_not_go_with_self_is_refused_by_its_key(overrides: list[str], words: str) -> None:
     assert words in refusal(lambda: compose_config(*RUN, "teacher=self", *overrides))
+
+
+def test_a_model_of_its_own_is_not_built_for_it() -> None:
+    message = refusal(lambda: TeacherConfig(path="student", kind=TeacherKind.self, build=TinyModelConfig()))
+    assert message.startswith("teacher.build={...}: expected null with kind=self")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 from fakes import Event, fake_fleets, make_prompt
 
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
@@ -74,3 +75,10 @@ def test_with_several_tasks_each_has_its_own_numbers_and_its_own_sampling():
     assert [r.sampling for r in fleets.rollout.requests[3:]] == [SAMPLING, other, other]
     assert [len(batch.groups) for batch in fleets.learner.batches] == [3, 1, 2]
     assert [p.index for p in held_out.of_task({"sort"}).prompts] == [1, 2]
+
+
+def test_a_teacher_is_measured_on_what_it_reads_itself():
+    own = replace(make_prompt(1), teacher_ids_P=np.array([7, 8, 9], dtype=np.int32))
+    held_out = HeldOut(prompts=[make_prompt(0), own], sampling={}, seed=0).as_teacher_reads()
+    assert [p.ids_P.tolist() for p in held_out.prompts] == [[1, 2], [7, 8, 9]]
+    assert [p.index for p in held_out.prompts] == [0, 1]

@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 
 from opd_ray.config.schema import TeacherConfig
-from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
+from opd_ray.protocol import GroupHandle, Metrics, Payload, ScoreHandle, ScoreRequest, WeightBundle
 from opd_ray.routing import Teachers
 from workers.teacher.routed import RoutedTeachers
 
@@ -12,10 +12,22 @@ ASKED = ScoreRequest(payload=Payload.hidden)
 class NamedTeacher:
     name: str
     asked: list[ScoreRequest] = field(default_factory=list)
+    did: list[object] = field(default_factory=list)
+    load_s: float | None = None  # None: it does not follow the student
 
     def score(self, groups: list[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         self.asked.append(request)
         return [ScoreHandle(teacher=self.name, summary=None, score=("score of", g.group)) for g in groups]
+
+    def follow(self, weights: WeightBundle) -> Metrics:
+        self.did.append(weights.version)
+        return {} if self.load_s is None else {"time/teacher_load_s": self.load_s}
+
+    def save(self, folder: str) -> None:
+        self.did.append(f"save {folder}")
+
+    def restore(self, folder: str) -> None:
+        self.did.append(f"restore {folder}")
 
 
 def route(*tasks: str, of_task: dict[str, str]) -> tuple[list[ScoreHandle], dict[str, NamedTeacher]]:
@@ -43,3 +55,12 @@ def test_no_groups_are_no_scores_and_nobody_is_asked():
     scores, fleets = route(of_task={"a": "a"})
     assert scores == []
     assert fleets["a"].asked == []
+
+
+def test_every_teacher_sees_every_version_and_checkpoint_and_the_longest_time_counts():
+    fleets = {"a": NamedTeacher("a", load_s=0.5), "b": NamedTeacher("b"), "c": NamedTeacher("c", load_s=0.25)}
+    routed = RoutedTeachers(fleets, Teachers(by_name={}, of_task={}))
+    assert routed.follow(WeightBundle(version=3, manifest=None, buffer=None)) == {"time/teacher_load_s": 0.5}
+    routed.save("x")
+    routed.restore("y")
+    assert [fleet.did for fleet in fleets.values()] == [[3, "save x", "restore y"]] * 3

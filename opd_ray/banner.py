@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
-from opd_ray.config.schema import Config
+from opd_ray.config.schema import Config, TeacherConfig
+from opd_ray.config.teacher import SelfUpdate, TeacherKind
 from opd_ray.console import step_breakdown
 from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
@@ -24,7 +25,7 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
         f"student    {config.student.path}",
-        *(f"teacher    {t.path}{_taught(teachers.tasks_of(name))}" for name, t in teachers.by_name.items()),
+        *(f"teacher    {_described(t)}{_taught(teachers.tasks_of(name))}" for name, t in teachers.by_name.items()),
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
@@ -86,6 +87,14 @@ def result_rows(
     rows += [(f"seconds: {name}", f"{seconds:.1f}") for name, seconds in phases.items()]
     rows.append(_row("seconds: whole run", summary, "wall_s", "{:.1f}"))
     return rows
+
+
+def _described(teacher: TeacherConfig) -> str:
+    words = teacher.path
+    if teacher.kind is TeacherKind.self:
+        decay = f", decay {teacher.self.ema_decay:g}" if teacher.self.update is SelfUpdate.ema else ""
+        words += f", the student itself ({teacher.self.update.value}{decay})"
+    return words if teacher.context is None else f"{words}, with privileged context"
 
 
 def _taught(tasks: Sequence[str]) -> str:

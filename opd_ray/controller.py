@@ -8,10 +8,12 @@ from opd_ray.protocol import (
     Batch,
     GenerateRequest,
     Learner,
+    Metrics,
     RolloutFleet,
     SamplingOptions,
     ScoreRequest,
     TeacherFleet,
+    WeightBundle,
 )
 from opd_ray.schedule import Schedule, request_seed
 from opd_ray.services import Checkpoints, Evaluator, PromptSource, Screen, Tracker
@@ -24,6 +26,10 @@ class Fleets:
     rollout: RolloutFleet
     teacher: TeacherFleet
     learner: Learner
+
+    def load(self, weights: WeightBundle) -> Metrics:
+        """Give a version of the student to those who sample from it, and to teachers that follow it."""
+        return {**self.rollout.load(weights), **self.teacher.follow(weights)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +50,7 @@ class Loop:
     def run(self, step: int = 0) -> None:
         """Train from update `step` to the last: generate, score, screen, learn, publish."""
         fleets, schedule, window = self.fleets, self.schedule, deque[Batch]()
-        fleets.rollout.load(fleets.learner.publish(step))
+        fleets.load(fleets.learner.publish(step))
         if schedule.is_eval(step) and not self.tracker.holds(step):
             self.tracker.log(step, self.evaluator.evaluate(step))
         while step < schedule.num_steps:
@@ -53,13 +59,13 @@ class Loop:
             batch, screened = self.screen.whole(window.popleft())
             learned = fleets.learner.update(batch)
             step += 1
-            loaded = fleets.rollout.load(fleets.learner.publish(step))
+            loaded = fleets.load(fleets.learner.publish(step))
             evaluated = self.evaluator.evaluate(step) if schedule.is_eval(step) else {}
             self.tracker.log(
                 step, {**screened, **learned, **loaded, **evaluated}, fleets.rollout.summaries(batch.groups)
             )
             if schedule.is_save(step):
-                self.checkpoints.save(step, fleets.learner)
+                self.checkpoints.save(step, fleets.learner, fleets.teacher)
 
     def _dispatch(self, step: int, *, version: int) -> Batch:
         """Start the batch of update `step`: every group is scored the moment it is finished."""

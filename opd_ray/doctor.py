@@ -28,6 +28,7 @@ from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config
 from opd_ray.data.models import Models, inspect_models
 from opd_ray.data.prompts import PromptSets, load_prompts
+from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts
 from opd_ray.data.tiny_models import is_built
 from opd_ray.engine_checks import EngineTest, engine_findings, student_as_teacher
 from opd_ray.preflight import Finding, Status, error, machine_findings, model_findings, ok, warning
@@ -126,6 +127,7 @@ def _prompts(config: Config, models: Models) -> tuple[PromptSets | None, list[Fi
         objective_ids(config.objective, tokenizer=models.tokenizer)
         workers.check_teachers(config, teachers_of(config).by_name.values())
         prompts = load_prompts(config, tokenizer=models.tokenizer)
+        check_teacher_room(config, longest_teacher_prompts(config, [*prompts.train, *prompts.held_out]))
     except ValueError as refusal:
         return None, [error("objective and data", str(refusal), "as said")]
     found = f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out"

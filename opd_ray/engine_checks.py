@@ -9,6 +9,7 @@ import ray
 
 import workers
 from opd_ray.config.schema import Config, TeacherConfig
+from opd_ray.data.teacher_context import with_room
 from opd_ray.evaluation import HeldOut
 from opd_ray.preflight.engines import gap, opd_signal, replicas, same_temperature, self_kl
 from opd_ray.preflight.finding import Finding
@@ -46,8 +47,9 @@ class EngineTest:
     def score(self, teacher: TeacherConfig, *, groups: Sequence[TrajectoryGroup], role: str) -> list[Float32]:
         """Return the log-probs of the sampled tokens by each of the teacher's workers."""
         handles = [GroupHandle(task=group.task, summary=None, group=group) for group in groups]
+        prompts = [group.teacher_prompt_ids for group in groups]
         with workers.teacher_scorer(
-            self.config,
+            with_room(self.config, prompts),
             teacher,
             log_dir=self.log_dir,
             role=role,
@@ -82,7 +84,9 @@ def engine_findings(test: EngineTest, *, prompts: Sequence[Prompt], reference: T
     """
     config, teachers = test.config, teachers_of(test.config)
     groups = test.sample(handful(prompts))
-    (reference_N,) = test.score(reference, groups=groups, role="student-as-teacher")
+    # The sampler read the student's prompts, so the reference must; a teacher may have prompts of its own.
+    as_sampled = [replace(group, teacher_prompt_ids=group.teacher_prompt_ids[:0]) for group in groups]
+    (reference_N,) = test.score(reference, groups=as_sampled, role="student-as-teacher")
     student = gap(_flat([group.sampled_logprobs for group in groups]), reference_N)
     signals, disagreements = dict[str, float](), list[Finding]()
     for name, teacher in teachers.by_name.items():

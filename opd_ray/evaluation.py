@@ -50,6 +50,11 @@ class HeldOut:
         """Return the tasks of the prompts."""
         return {prompt.task for prompt in self.prompts}
 
+    def as_teacher_reads(self) -> "HeldOut":
+        """Return the same with the teacher's own prompts where it has some."""
+        own = [replace(p, ids_P=p.teacher_ids_P) if len(p.teacher_ids_P) else p for p in self.prompts]
+        return replace(self, prompts=own)
+
     def of_task(self, tasks: Collection[str]) -> "HeldOut":
         """Return the part of some tasks."""
         return replace(self, prompts=[p for p in self.prompts if p.task in tasks])

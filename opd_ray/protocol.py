@@ -45,6 +45,10 @@ def _check_length(owner: object, name: str, expected: int) -> None:
         raise ValueError(f"{type(owner).__name__}.{name} has {given} entries, expected {expected}")
 
 
+def _no_ids() -> Int32:
+    return np.empty(0, dtype=np.int32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How responses are drawn from the student."""
@@ -66,6 +70,7 @@ class Prompt:
     task: str  # decides teacher, sampling and weight
     verifier: str  # marks the responses
     answer: str | None  # reference answer; None: nothing to verify against
+    teacher_ids_P: Int32 = field(default_factory=_no_ids)  # what the teacher reads instead; [0]: the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +99,7 @@ class TrajectoryGroup:
     prompt_index: int
     task: str
     seed: int
+    teacher_prompt_ids: Int32 = field(default_factory=_no_ids)  # what the teacher reads for prompt_ids; [0]: the same
 
     def __post_init__(self) -> None:
         num_tokens = len(self.response_ids)
@@ -217,6 +223,18 @@ class WeightBundle:
     buffer: Ref  # -> uint8 array, all tensors end to end
 
 
+class Lasting(Protocol):
+    """What has a state that outlives the run."""
+
+    def save(self, folder: str) -> None:
+        """Write it into a checkpoint's folder."""
+        ...
+
+    def restore(self, folder: str) -> None:
+        """Load what `save` has written."""
+        ...
+
+
 class RolloutFleet(Protocol):
     """The pool of workers that sample from the student."""
 
@@ -234,7 +252,7 @@ class RolloutFleet(Protocol):
 
 
 class TeacherFleet(Protocol):
-    """The pool of workers that score trajectories with the frozen teacher."""
+    """The pool of workers that score trajectories with the teacher."""
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring of groups, finished or not; return at once."""
@@ -242,6 +260,18 @@ class TeacherFleet(Protocol):
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         """Wait for scores and return their summaries, in order. Raises CannotGoOn when a teacher is gone."""
+        ...
+
+    def follow(self, weights: WeightBundle) -> Metrics:
+        """Show a new version of the student to teachers that are made of it; return timings."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write the state of teachers that change into a checkpoint's folder."""
+        ...
+
+    def restore(self, folder: str) -> None:
+        """Load what `save` has written."""
         ...
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from opd_ray.config.objective import BaselineKind, ObjectiveConfig, ObjectiveKind, SupportSource, TailKind
 from opd_ray.config.schema import Config, TeacherConfig
-from opd_ray.config.teacher import AlignmentKind, TeacherKind
+from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.token_text import token_bytes
 from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
 from opd_ray.routing import task_config, teachers_of
@@ -84,9 +84,19 @@ def score_request(config: ObjectiveConfig) -> ScoreRequest:
             )
 
 
+def has_engine(teacher: TeacherConfig) -> bool:
+    """Return whether a teacher is an engine of this run that shares the student's tokens."""
+    return teacher.kind is not TeacherKind.http and teacher.alignment is AlignmentKind.none
+
+
+def follows_student(teacher: TeacherConfig) -> bool:
+    """Return whether a teacher's weights change with the student's."""
+    return teacher.kind is TeacherKind.self and teacher.self.update is SelfUpdate.ema
+
+
 def gives_hidden_states(teacher: TeacherConfig) -> bool:
-    """Return whether a teacher's final hidden states can be had, and its head read."""
-    return teacher.kind is TeacherKind.vllm and teacher.alignment is AlignmentKind.none
+    """Return whether a teacher's final hidden states can be had, and its head read once for all."""
+    return has_engine(teacher) and not follows_student(teacher)
 
 
 def held_out_request(config: Config) -> ScoreRequest:

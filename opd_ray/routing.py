@@ -1,7 +1,7 @@
 """Who teaches which task, and how its responses are drawn: the part of a configuration that depends on the task."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_ray.config.schema import Config, TaskConfig, TeacherConfig
 
@@ -31,10 +31,18 @@ def teachers_of(config: Config) -> Teachers:
     by_name: dict[str, TeacherConfig] = {}
     of_task = {}
     for task, teacher in config.teachers.items():
-        same = [name for name, other in by_name.items() if other == teacher]
+        # What a teacher reads for a prompt is made before it comes to the workers: one pool serves several contexts.
+        same = [name for name, other in by_name.items() if replace(other, context=teacher.context) == teacher]
         of_task[task] = same[0] if same else task
         by_name.setdefault(of_task[task], teacher)
     return Teachers(by_name=by_name, of_task=of_task)
+
+
+def context_of(config: Config, task: str) -> str | None:
+    """Return the template of what the task's teacher reads for a prompt; None: the prompt itself."""
+    if not config.teachers:
+        return config.teacher.context
+    return config.teachers[task].context if task in config.teachers else None
 
 
 def teacher_key(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opd_ray.protocol import Batch, GroupSummary, Learner, Metrics, Prompt
+from opd_ray.protocol import Batch, GroupSummary, Lasting, Metrics, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,6 @@ class Evaluator(Protocol):
 class Checkpoints(Protocol):
     """Owns the run's resumable states."""
 
-    def save(self, step: int, learner: Learner) -> None:
+    def save(self, step: int, *parts: Lasting) -> None:
         """Write the state after update `step`."""
         ...

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_ray.config.schema import Config, ResumePolicy
-from opd_ray.protocol import Learner
+from opd_ray.protocol import Lasting, Learner
 
 _STATE_FILE = "state.json"  # written last inside a checkpoint: without it the folder is no checkpoint
 
@@ -75,30 +75,31 @@ class DiskCheckpoints:
 
     folder: Path
 
-    def save(self, step: int, learner: Learner) -> None:
+    def save(self, step: int, *parts: Lasting) -> None:
         """Write the state after update `step`."""
         final = self.folder / _name(step)
         partial = self.folder / f".{_name(step)}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        learner.save(str(partial))
+        for part in parts:
+            part.save(str(partial))
         (partial / _STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
 
-    def save_last(self, learner: Learner) -> str:
+    def save_last(self, learner: Learner, *others: Lasting) -> str:
         """Write the state after the learner's last update, unless it is there; return what a person is told of it."""
         step = learner.version
         if step == 0:
             return "no update was finished, resume=auto starts again"
         if step not in _steps(self.folder):
-            self.save(step, learner)
+            self.save(step, learner, *others)
         return f"the checkpoint {self.folder / _name(step)} is written, resume=auto goes on from update {step}"
 
-    def restore(self, step: int, learner: Learner) -> None:
-        """Load the state after update `step` into the learner; step 0 is the model as it was loaded."""
-        if step > 0:
-            learner.restore(str(self.folder / _name(step)))
+    def restore(self, step: int, *parts: Lasting) -> None:
+        """Load the state after update `step` into the parts; step 0 is the models as they were loaded."""
+        for part in parts if step > 0 else ():
+            part.restore(str(self.folder / _name(step)))
 
 
 def _name(step: int) -> str:

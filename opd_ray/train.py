@@ -23,11 +23,12 @@ from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import PromptSets, TaskPrompts, load_prompts
+from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts, with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
-from opd_ray.protocol import CannotGoOn, GroupSummary, Learner, Metrics
+from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
 from opd_ray.quarantine import DiskQuarantine
 from opd_ray.requests import held_out_request, held_out_samples, objective_ids, score_request, training_samples
 from opd_ray.routing import task_config, teacher_key, teachers_of
@@ -62,6 +63,8 @@ def train(config: Config, console: RunConsole) -> Metrics:
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
+    room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
+    check_teacher_room(config, room)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=models.vocab_size, local=local)]
@@ -82,11 +85,13 @@ def train(config: Config, console: RunConsole) -> Metrics:
         with ExitStack() as stack:
             with console.phase("start workers"):
                 fleets = stack.enter_context(
-                    workers.open_fleets(config, vocab_size=models.vocab_size, ids=ids, log_dir=run_dir.logs)
+                    workers.open_fleets(
+                        config, vocab_size=models.vocab_size, ids=ids, prompt_tokens=room, log_dir=run_dir.logs
+                    )
                 )
                 checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
-                checkpoints.restore(step, fleets.learner)
-                stack.enter_context(_saved_when_stopped(checkpoints, fleets.learner))
+                checkpoints.restore(step, fleets.learner, fleets.teacher)
+                stack.enter_context(_saved_when_stopped(checkpoints, fleets))
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
@@ -169,20 +174,22 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
         if teacher.evaluate and mine.prompts:
             with (
                 console.phase(f"evaluate {teacher_key(name).removesuffix('.path')}"),
-                workers.teacher_sampler(config, teacher, log_dir=RunDir.of(config).logs) as sampler,
+                workers.teacher_sampler(
+                    with_room(config, [p.teacher_ids_P for p in mine.prompts]), teacher, log_dir=RunDir.of(config).logs
+                ) as sampler,
             ):
-                summaries += greedy_summaries(mine, sampler)
+                summaries += greedy_summaries(mine.as_teacher_reads(), sampler)
     return mean_reward("teacher_accuracy", summaries)
 
 
 @contextmanager
-def _saved_when_stopped(checkpoints: DiskCheckpoints, learner: Learner) -> Iterator[None]:
+def _saved_when_stopped(checkpoints: DiskCheckpoints, fleets: Fleets) -> Iterator[None]:
     """Write a checkpoint of the last update when no further one is possible, and add to the cause that it is there."""
     try:
         yield
     except CannotGoOn as cause:
         try:
-            words = checkpoints.save_last(learner)
+            words = checkpoints.save_last(fleets.learner, fleets.teacher)
         except (RayError, OSError) as fault:
             words = f"no checkpoint could be written: {fault}"
         raise CannotGoOn(f"{cause}; {words}") from None

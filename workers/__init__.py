@@ -1,6 +1,6 @@
 """The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the door of a run; the others open one pool."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,28 +60,37 @@ def connected(config: Config) -> Iterator[str | None]:
 
 
 @contextmanager
-def open_fleets(config: Config, *, vocab_size: int, ids: ObjectiveIds, log_dir: Path) -> Iterator[Fleets]:
-    """Start all workers, wait until they are ready, and end them on leaving."""
+def open_fleets(
+    config: Config, *, vocab_size: int, ids: ObjectiveIds, prompt_tokens: Mapping[str, int], log_dir: Path
+) -> Iterator[Fleets]:
+    """Start all workers, wait until they are ready, and end them on leaving.
+
+    prompt_tokens: of the longest prompt that each teacher reads, by its name.
+    """
     berths = _berths(config, log_dir=log_dir)
     teachers = teachers_of(config)
-    max_tokens = config.data.max_prompt_tokens + max_response_tokens(config)
+    response_tokens = max_response_tokens(config)
     rollout = RayRolloutFleet(
         model_path=config.student.path,
         config=config.rollout,
-        max_model_tokens=max_tokens,
+        max_model_tokens=config.data.max_prompt_tokens + response_tokens,
         berth=berths["rollout"],
         objective=config.objective,
     )
     teacher_arguments = {
         "request": score_request(config.objective),
         "student_path": config.student.path,
-        "max_model_tokens": max_tokens,
         "vocab_size": vocab_size,
         "temperature": config.rollout.temperature,
         "equivalent_ids": ids.equivalent,
     }
     teacher_fleets = {
-        name: RayTeacherFleet(name=name, config=t, berth=berths[teacher_role(name)], arguments=teacher_arguments)
+        name: RayTeacherFleet(
+            name=name,
+            config=t,
+            berth=berths[teacher_role(name)],
+            arguments={**teacher_arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
+        )
         for name, t in teachers.by_name.items()
     }
     learner = RayLearner(

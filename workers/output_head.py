@@ -1,6 +1,7 @@
 """Reads the output head of a checkpoint without the rest of the model."""
 
 import json
+from collections.abc import Mapping
 
 import torch
 from safetensors import safe_open
@@ -25,3 +26,8 @@ def load_head(model_path: str, *, vocab_size: int | None = None) -> torch.Tensor
             if name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 return tensors.get_slice(name)[:vocab_size].clone()
     raise ValueError(f"{model_path} holds no output head: expected {' or '.join(_NAMES)} as safetensors")
+
+
+def head_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the output head among a model's named weights: its input embedding where the two are tied."""
+    return next(tensors[name] for name in _NAMES if name in tensors)

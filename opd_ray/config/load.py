@@ -1,10 +1,13 @@
 """Turns Hydra's composed configuration into the schema's dataclasses, once; nothing past here sees a DictConfig."""
 
+from copy import deepcopy
+
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd_ray.config.schema import Config
+from opd_ray.config.teacher import TeacherKind
 from opd_ray.config.validate import validate
 
 
@@ -15,6 +18,7 @@ def register_schema() -> None:
 
 def load(composed: DictConfig) -> Config:
     """Return the validated configuration. Raises ValueError naming the key at fault."""
+    composed = _with_paths_of_self(composed)
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
@@ -25,3 +29,13 @@ def load(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def _with_paths_of_self(composed: DictConfig) -> DictConfig:
+    """Return the configuration with the student's path for each teacher that is the student and names none."""
+    composed = deepcopy(composed)
+    for teacher in (composed.teacher, *composed.teachers.values()):
+        is_self = not OmegaConf.is_missing(teacher, "kind") and teacher.kind == TeacherKind.self
+        if is_self and OmegaConf.is_missing(teacher, "path") and not OmegaConf.is_missing(composed.student, "path"):
+            teacher.path = composed.student.path
+    return composed

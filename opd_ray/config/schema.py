@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
-from opd_ray.config.teacher import AlignmentKind, HttpTeacherConfig, TeacherKind
+from opd_ray.config.teacher import AlignmentKind, HttpTeacherConfig, SelfTeacherConfig, TeacherKind, check_context
 
 
 class ResumePolicy(StrEnum):
@@ -99,11 +99,13 @@ class StudentConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TeacherConfig:
-    """The frozen model that scores, and its pool of workers."""
+    """The model that scores, and its pool of workers."""
 
-    path: str  # kind=http: of its tokenizer alone
+    path: str  # kind=http: of its tokenizer alone; kind=self: the student's, need not be given
     kind: TeacherKind = TeacherKind.vllm
     http: HttpTeacherConfig | None = None  # kind=http: where it is served
+    self: SelfTeacherConfig = field(default_factory=SelfTeacherConfig)  # kind=self: how it follows the student
+    context: str | None = None  # privileged context: what it reads for a prompt; holds {prompt}, may hold {answer}
     alignment: AlignmentKind = AlignmentKind.none
     token_map: dict[str, str] = field(default_factory=dict)  # alignment=bytes: student token -> teacher token
     build: TinyModelConfig | None = None
@@ -118,6 +120,13 @@ class TeacherConfig:
         _require(self.num_workers >= 1, "teacher.num_workers", self.num_workers, "an integer of at least 1")
         served = self.http is not None
         _require(served == (self.kind is TeacherKind.http), "teacher.http", self.http, "urls exactly with kind=http")
+        if self.kind is TeacherKind.self:
+            _require(self.build is None, "teacher.build", "{...}", "null with kind=self, student.build makes the model")
+            _require(self.alignment is AlignmentKind.none, "teacher.alignment", self.alignment, "none with kind=self")
+        else:
+            _require(self.self == SelfTeacherConfig(), "teacher.self", self.self, "its default unless kind=self")
+        if self.context is not None:
+            check_context(self.context)
 
 
 @dataclass(kw_only=True, slots=True)

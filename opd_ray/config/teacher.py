@@ -1,7 +1,8 @@
-"""The configuration of teachers that are not engines of this run, or have another tokenizer."""
+"""The configuration of teachers that are more than an engine with fixed weights of its own and the student's tokens."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from string import Formatter
 from urllib.parse import urlsplit
 
 
@@ -10,6 +11,14 @@ class TeacherKind(StrEnum):
 
     vllm = "vllm"  # engines of this run
     http = "http"  # vLLM servers elsewhere
+    self = "self"  # engines of this run on the student's own weights: on-policy self-distillation
+
+
+class SelfUpdate(StrEnum):
+    """What becomes of the weights of a teacher that is the student."""
+
+    frozen = "frozen"  # those the student starts from
+    ema = "ema"  # an exponential moving average of the student's
 
 
 class AlignmentKind(StrEnum):
@@ -22,6 +31,18 @@ class AlignmentKind(StrEnum):
 def _require(holds: bool, key: str, given: object, expected: str) -> None:
     if not holds:
         raise ValueError(f"teacher.http.{key}={given}: expected {expected}")
+
+
+@dataclass(kw_only=True, slots=True)
+class SelfTeacherConfig:
+    """kind=self: how the teacher follows the student."""
+
+    update: SelfUpdate = SelfUpdate.frozen
+    ema_decay: float = 0.99  # update=ema: what an update keeps of the average; 0: always the current student
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"teacher.self.ema_decay={self.ema_decay}: expected a number in [0, 1]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,3 +84,30 @@ def _check_url(key: str, url: str) -> None:
         raise ValueError(f"teacher.http.{key} holds credentials; use teacher.http.api_key_env instead")
     whole = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
     _require(whole, key, url, "http://host:port or https://host:port")
+
+
+CONTEXT_FIELDS = ("prompt", "answer")
+
+
+def check_context(template: str) -> None:
+    """Raise ValueError unless a template of teacher.context holds {prompt}, and no placeholder that is not known."""
+    expected = "expected a text with {prompt}, and by choice {answer}"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"teacher.context={template!r}: {error}; write {{{{ and }}}} for braces") from None
+    placeholders = [(name, conversion, form) for _, name, form, conversion in parts if name is not None]
+    for name, conversion, form in placeholders:
+        if name not in CONTEXT_FIELDS or conversion or form:
+            given = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise ValueError(
+                f"teacher.context={template!r}: {{{given}}} is no placeholder, {expected}; write {{{{ and }}}} for"
+                " braces"
+            )
+    if "prompt" not in [name for name, _, _ in placeholders]:
+        raise ValueError(f"teacher.context={template!r}: the teacher would not see the prompt, {expected}")
+
+
+def shows_answer(template: str) -> bool:
+    """Return whether a template of teacher.context needs a reference answer."""
+    return any(name == "answer" for _, name, _, _ in Formatter().parse(template))

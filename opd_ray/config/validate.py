@@ -11,13 +11,14 @@ from opd_ray.config.objective import (
     TailKind,
 )
 from opd_ray.config.schema import Config, DataKind
+from opd_ray.config.teacher import TeacherKind
 from opd_ray.data.tasks import TASKS, verifier
-from opd_ray.routing import max_response_tokens, verifier_name
+from opd_ray.routing import max_response_tokens, teacher_key, teachers_of, verifier_name
 
 
 def validate(config: Config) -> None:
     """Raise ValueError for the first rule the configuration breaks."""
-    for rule in (_modes, _data, _sampling, _objective, _batch, _micro_batch, _devices):
+    for rule in (_modes, _data, _self_teachers, _sampling, _objective, _batch, _micro_batch, _devices):
         rule(config)
 
 
@@ -62,6 +63,15 @@ def _data(config: Config) -> None:
     )
     if data.task is not None:
         _check_verifier("data.task", verifier_name(config, data.task))
+
+
+def _self_teachers(config: Config) -> None:
+    for name, teacher in teachers_of(config).by_name.items():
+        _require(
+            teacher.kind is not TeacherKind.self or teacher.path == config.student.path,
+            f"{teacher_key(name)}={teacher.path} with kind=self: expected student.path={config.student.path}, or leave"
+            " it out",
+        )
 
 
 def _check_verifier(key: str, name: str) -> None:

@@ -50,7 +50,7 @@ def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) 
     student = open_model("student.path", student_path)
     configs, hidden_sizes = [student.config], [0]
     for key, teacher in teachers.items():
-        has_weights = teacher.kind is TeacherKind.vllm
+        has_weights = teacher.kind is not TeacherKind.http
         folder = _folder(key, teacher.path, weights=has_weights)
         own = _tokenizer(key, folder)
         if teacher.alignment is AlignmentKind.bytes:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from opd_ray.config.schema import BatchMode, Config, DataConfig, DataKind, LongPromptPolicy
 from opd_ray.data.records import Record, read_records
 from opd_ray.data.tasks import TASKS, verifier
+from opd_ray.data.teacher_context import shown_to_teacher
 from opd_ray.protocol import Prompt
-from opd_ray.routing import check_tasks, task_config, verifier_name
+from opd_ray.routing import check_tasks, context_of, task_config, verifier_name
 from opd_ray.schedule import derive_seed
 
 _TASK_STREAM, _REPLACEMENT_STREAM = 4, 5
@@ -205,15 +206,25 @@ def _tokenise(records: list[Record], *, config: Config, tokenizer: Any) -> Itera
     """Yield the usable records as prompts; refuse or drop the others as `data.long_prompts` says."""
     data = config.data
     refused: list[tuple[Record, int]] = []
+    usable: list[tuple[int, Record, list[int]]] = []
     for index, (record, ids) in enumerate(zip(records, _token_ids(records, tokenizer=tokenizer), strict=True)):
-        if not 1 <= len(ids) <= data.max_prompt_tokens:
+        if 1 <= len(ids) <= data.max_prompt_tokens:
+            usable.append((index, record, ids))
+        else:
             refused.append((record, len(ids)))
-            continue
-        task = record.task or data.task or "exact"
+    for_teacher = _teacher_ids([record for _, record, _ in usable], config=config, tokenizer=tokenizer)
+    for (index, record, ids), teacher_ids in zip(usable, for_teacher, strict=True):
+        task = _task_of(record, data)
         marked_by = verifier_name(config, task)
         _check_answer(marked_by, record)
-        ids_P = np.asarray(ids, dtype=np.int32)
-        yield Prompt(ids_P=ids_P, index=index, task=task, verifier=marked_by, answer=record.answer)
+        yield Prompt(
+            ids_P=np.asarray(ids, dtype=np.int32),
+            index=index,
+            task=task,
+            verifier=marked_by,
+            answer=record.answer,
+            teacher_ids_P=np.asarray(teacher_ids, dtype=np.int32),
+        )
     if refused and data.long_prompts is LongPromptPolicy.error:
         record, num_tokens = refused[0]
         fault = f"has {num_tokens} tokens" if num_tokens else "is empty"
@@ -222,6 +233,17 @@ def _tokenise(records: list[Record], *, config: Config, tokenizer: Any) -> Itera
             f" ({len(refused)} of {len(records)} prompts are empty or too long); mend them, raise the limit, or set"
             " data.long_prompts=drop to leave them out"
         )
+
+
+def _task_of(record: Record, data: DataConfig) -> str:
+    return record.task or data.task or "exact"
+
+
+def _teacher_ids(records: list[Record], *, config: Config, tokenizer: Any) -> list[list[int]]:
+    """Return what the teacher reads instead of each prompt; [] where it reads the same."""
+    contexts = [context_of(config, _task_of(record, config.data)) for record in records]
+    shown = iter(_token_ids(shown_to_teacher(records, contexts), tokenizer=tokenizer))
+    return [[] if context is None else next(shown) for context in contexts]
 
 
 def _token_ids(records: list[Record], *, tokenizer: Any) -> list[list[int]]:

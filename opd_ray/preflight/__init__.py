@@ -12,7 +12,7 @@ from opd_ray.preflight import machine, models
 from opd_ray.preflight.facts import read_facts
 from opd_ray.preflight.finding import Finding, Status, error, ok, warning, warnings_of
 from opd_ray.preflight.memory import Memory, kv_cache, memory, needs
-from opd_ray.requests import gives_hidden_states
+from opd_ray.requests import has_engine
 from opd_ray.routing import teacher_key, teachers_of
 
 __all__ = ["Finding", "Status", "error", "machine_findings", "model_findings", "ok", "warning", "warnings_of"]
@@ -26,7 +26,7 @@ def model_findings(config: Config, *, vocab_size: int, local: bool) -> list[Find
 
     Teachers behind servers or with another tokenizer are left out: their rows and tokens are their own.
     """
-    named = {name: t for name, t in teachers_of(config).by_name.items() if gives_hidden_states(t)}
+    named = {name: t for name, t in teachers_of(config).by_name.items() if has_engine(t)}
     student = read_facts(open_model("student.path", config.student.path))
     by_name = {name: read_facts(open_model(teacher_key(name), t.path)) for name, t in named.items()}
     teachers = list(by_name.values())
@@ -37,6 +37,7 @@ def model_findings(config: Config, *, vocab_size: int, local: bool) -> list[Find
         models.vocabulary(student, teachers),
         models.top_k(config, vocab_size=vocab_size),
         models.context(config, student, teachers),
+        models.own_teachers(config),
         kv_cache(config, student=student, teachers=by_name),
         memory(needs(config, student=student, teachers=by_name), present=_memory(local=local)),
         machine.disk(config, num_parameters=student.num_parameters, free_bytes=machine.free_disk_bytes(config)),

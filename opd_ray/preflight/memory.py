@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from opd_ray.config.schema import Config, Dtype, LearnerConfig, RolloutConfig, TeacherConfig
 from opd_ray.preflight.facts import ModelFacts
 from opd_ray.preflight.finding import Finding, error, ok, size, warning
+from opd_ray.requests import follows_student
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of
 
 _BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -111,6 +112,8 @@ def _engines(
 def _engine_bytes(pool: RolloutConfig | TeacherConfig, facts: ModelFacts, *, tokens: int) -> int:
     kv_bytes = pool.engine_args.get(_KV_KEY) or _kv_bytes(facts, pool.dtype, tokens=tokens)
     weight_bytes = _QUANTISED_BYTES if "quantization" in pool.engine_args else _BYTES[pool.dtype]
+    if isinstance(pool, TeacherConfig) and follows_student(pool) and not pool.gpus_per_worker:
+        weight_bytes += _BYTES[Dtype.float32]  # the average; that of a worker with a GPU lies in the machine's memory
     return int(facts.num_parameters * weight_bytes) + int(kv_bytes)
 
 

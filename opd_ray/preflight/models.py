@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from opd_ray.config.objective import ObjectiveKind
 from opd_ray.config.schema import Config
+from opd_ray.config.teacher import TeacherKind
 from opd_ray.config.validate import validate_vocabulary
 from opd_ray.preflight.facts import ModelFacts
 from opd_ray.preflight.finding import Finding, error, ok, warning
@@ -114,4 +115,19 @@ def context(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts])
         "context",
         f"{found}, more than max_position_embeddings: {limits}",
         "lower data.max_prompt_tokens or rollout.max_response_tokens (tasks.*.max_response_tokens)",
+    )
+
+
+def own_teachers(config: Config) -> Finding:
+    """Look for a teacher that is the student and knows no more than it: it agrees with the student from the start."""
+    teachers = [config.teacher] if not config.teachers else list(config.teachers.values())
+    if not any(teacher.kind is TeacherKind.self for teacher in teachers):
+        return ok("self-distillation", "no teacher is the student itself")
+    if all(t.context is not None for t in teachers if t.kind is TeacherKind.self):
+        return ok("self-distillation", "teacher.context tells the student as teacher what the student is not told")
+    return warning(
+        "self-distillation",
+        "teacher.kind=self without teacher.context: the teacher is the student and reads the same, so that the first"
+        " update has nothing to learn",
+        "give teacher.context, a template with {prompt} and perhaps {answer}, unless this is a test",
     )

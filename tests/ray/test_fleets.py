@@ -34,7 +34,11 @@ def test_a_finished_group_is_scored_while_others_still_generate(
         GenerateRequest(prompt=make_prompt(1, 2, 3), sampling=sampling, version=0, seed=1) for sampling in (long, short)
     ]
     ids = ObjectiveIds(masked=(), equivalent=())
-    with connected(config), open_fleets(config, vocab_size=32, ids=ids, log_dir=tmp_path) as fleets:
+    room = {"teacher": config.data.max_prompt_tokens}
+    with (
+        connected(config),
+        open_fleets(config, vocab_size=32, ids=ids, prompt_tokens=room, log_dir=tmp_path) as fleets,
+    ):
         fleets.rollout.load(fleets.learner.publish(0))
         for _ in range(2):  # the first calls warm the engines up
             long_group, short_group = fleets.rollout.generate(requests)

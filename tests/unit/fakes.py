@@ -12,7 +12,7 @@ from opd_ray.protocol import (
     GenerateRequest,
     GroupHandle,
     GroupSummary,
-    Learner,
+    Lasting,
     Metrics,
     Prompt,
     ScoreHandle,
@@ -96,6 +96,16 @@ class FakeTeacher:
             ScoreSummary(num_tokens=5, num_bytes=20, dropped_mass_sum=0.0, score_s=0.1, fault=self.fault(index, seed))
             for _, index, seed in (score.summary for score in scores)
         ]
+
+    def follow(self, weights: WeightBundle) -> Metrics:
+        self.events.append(("follow", weights.version))
+        return {"time/teacher_load_s": 0.5}
+
+    def save(self, folder: str) -> None:
+        self.events.append(("save teacher", folder))
+
+    def restore(self, folder: str) -> None:
+        self.events.append(("restore teacher", folder))
 
 
 @dataclass
@@ -181,8 +191,8 @@ class FakeEvaluator:
 class FakeCheckpoints:
     events: list[Event]
 
-    def save(self, step: int, learner: Learner) -> None:
-        assert isinstance(learner, FakeLearner)
+    def save(self, step: int, *parts: Lasting) -> None:
+        assert [type(part) for part in parts] == [FakeLearner, FakeTeacher]
         self.events.append(("checkpoint", step))
 
 

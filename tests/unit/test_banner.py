@@ -37,6 +37,12 @@ def test_the_banner_says_what_the_run_is_made_of():
     assert "run dir    /runs/demo" in text
 
 
+def test_the_banner_names_a_teacher_that_is_the_student_and_what_only_it_is_told():
+    text = described("teacher=self", "teacher.self.update=ema", "teacher.context='{answer} {prompt}'")
+    assert "teacher    runs/models/tiny-student, the student itself (ema, decay 0.99), with privileged context" in text
+    assert "teacher    runs/models/tiny-student, the student itself (frozen)\n" in described("teacher=self")
+
+
 def test_the_banner_counts_dropped_prompts_and_says_when_a_run_is_resumed():
     text = described(num_dropped=17, step=50)
     assert "8 held out, 17 dropped" in text

@@ -66,6 +66,14 @@ def run_loop(  # noqa: PLR0913 - each test changes one thing
     return Run(events, fleets.rollout.requests, fleets.learner.batches, tracker)
 
 
+def test_a_teacher_that_follows_the_student_has_every_version_before_anything_is_scored_with_it():
+    run = run_loop(num_steps=3)
+    followed = run.of("load", "follow", "score")
+    assert [event[:2] for event in followed] == [
+        pair for step in range(3) for pair in (("load", step), ("follow", step), ("score", step))
+    ] + [("load", 3), ("follow", 3)]
+
+
 def test_without_staleness_generate_learn_and_publish_alternate_strictly():
     run = run_loop(num_steps=3)
     assert run.of("publish", "load", "generate", "learn") == [
@@ -161,7 +169,7 @@ def test_evaluation_comes_at_the_start_at_its_period_and_at_the_end_after_the_ne
     assert run.of("evaluate") == [("evaluate", 0), ("evaluate", 2), ("evaluate", 4), ("evaluate", 5)]
     for place, event in enumerate(run.events):
         if event[0] == "evaluate":
-            assert run.events[place - 1] == ("load", event[1])
+            assert run.events[place - 2 : place] == [("load", event[1]), ("follow", event[1])]
 
 
 def test_checkpoints_come_at_their_period_and_at_the_end_after_the_step_is_logged():
@@ -179,8 +187,9 @@ def test_no_checkpoint_is_written_when_the_period_is_zero():
 def test_every_step_is_logged_once_with_what_was_learned_loaded_and_evaluated():
     run = run_loop(num_steps=3, every=(2, 0))
     assert run.of("log") == [("log", 0), ("log", 1), ("log", 2), ("log", 3)]
+    loaded = {"time/load_s": 0.25, "time/teacher_load_s": 0.5}
     assert run.tracker.metrics[0] == {"eval/accuracy": 0.0}
-    assert run.tracker.metrics[1] == {"teacher/bad_groups": 0.0, "train/loss": 0.0, "time/load_s": 0.25}
+    assert run.tracker.metrics[1] == {"teacher/bad_groups": 0.0, "train/loss": 0.0, **loaded}
     assert run.tracker.metrics[2] == run.tracker.metrics[1] | {"train/loss": 1.0, "eval/accuracy": 2.0}
 
 

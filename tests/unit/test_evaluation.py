@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 from fakes import Event, FakeQuarantine, fake_fleets, make_prompt
 
 from opd_ray.controller import Fleets
@@ -118,3 +119,10 @@ def test_a_task_without_any_score_has_no_kl_while_the_others_keep_theirs():
     metrics, _, quarantine = evaluate_with_bad(0, held_out=held_out)
     assert {name for name in metrics if "reverse_kl" in name} == {"eval/reverse_kl", "eval/reverse_kl_sort"}
     assert quarantine.warnings == []
+
+
+def test_a_teacher_is_measured_on_what_it_reads_itself():
+    own = replace(make_prompt(1), teacher_ids_P=np.array([7, 8, 9], dtype=np.int32))
+    held_out = HeldOut(prompts=[make_prompt(0), own], sampling={}, seed=0).as_teacher_reads()
+    assert [p.ids_P.tolist() for p in held_out.prompts] == [[1, 2], [7, 8, 9]]
+    assert [p.index for p in held_out.prompts] == [0, 1]

@@ -9,6 +9,7 @@ from opd_ray.routing import (
     DEFAULT_TEACHER,
     Teachers,
     check_tasks,
+    context_of,
     max_response_tokens,
     task_config,
     teacher_key,
@@ -121,3 +122,15 @@ def test_held_out_prompts_of_a_task_are_sampled_by_its_options_as_often_as_the_e
     sort, copy = held_out_samples(config, "sort"), held_out_samples(config, "copy")
     assert (sort.num_samples, sort.max_response_tokens, sort.top_p) == (5, 9, 0.5)
     assert (copy.num_samples, copy.max_response_tokens, copy.top_p) == (5, 17, 1.0)
+
+
+def test_one_teacher_with_a_context_for_each_task_is_one_pool():
+    teachers = {"sort": replace(A, context="{prompt}"), "copy": replace(A, context="{answer} {prompt}"), "exact": A}
+    config = config_with(teachers=teachers)
+    assert list(teachers_of(config).by_name) == ["sort"]
+    assert [context_of(config, task) for task in teachers] == ["{prompt}", "{answer} {prompt}", None]
+    assert context_of(config, "unknown") is None
+
+
+def test_without_teachers_by_task_every_task_has_the_one_context():
+    assert context_of(config_with("teacher.context='1 {prompt}'"), "anything") == "1 {prompt}"

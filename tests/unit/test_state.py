@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import FakeLearner
+from fakes import Event, FakeLearner, FakeTeacher
 
 from opd_ray.config.schema import ResumePolicy
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
@@ -173,3 +173,16 @@ def test_the_run_dir_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run_dir = RunDir.of(compose_config("experiment=demo", "name=mine", "runs_dir=out"))
     assert run_dir.path == (tmp_path / "out" / "mine").resolve()
     assert run_dir.export.parent == run_dir.logs.parent == run_dir.checkpoints.parent == run_dir.path
+
+
+def test_a_checkpoint_holds_every_part_in_one_folder_and_step_0_has_none(tmp_path: Path):
+    events: list[Event] = []
+    checkpoints, parts = DiskCheckpoints(folder=tmp_path), (FakeLearner(events), FakeTeacher(events))
+    checkpoints.save(7, *parts)
+    assert [event[0] for event in events] == ["save", "save teacher"]
+    assert events[0][1] == events[1][1]
+    checkpoints.restore(7, *parts)
+    folder = str(tmp_path / "step-000007")
+    assert events[2:] == [("restore", folder), ("restore teacher", folder)]
+    checkpoints.restore(0, *parts)
+    assert len(events) == 4

@@ -44,7 +44,7 @@ class RolloutWorker:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from workers.rollout import object_store_engine
+        from workers import object_store_engine
 
         object_store_engine.register()
         arguments: dict[str, Any] = {
@@ -96,10 +96,9 @@ class RolloutWorker:
         ]
 
     def _apply(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
-        self._engine.collective_rpc("start_weight_update")
-        update_info = {"manifest": manifest, "buffer": buffer}
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
-        self._engine.collective_rpc("finish_weight_update")
+        from workers.object_store_engine import update_engine
+
+        update_engine(self._engine, manifest, buffer)
         self._engine.set_weight_version(str(manifest.version))
         self._loop.cache_salt = str(manifest.version)  # prefixes cached under the old weights are not for the new
 
@@ -175,6 +174,7 @@ def build_group(request: GenerateRequest, completions: list[Any], *, rewards: Fl
         prompt_index=request.prompt.index,
         task=request.prompt.task,
         seed=request.seed,
+        teacher_prompt_ids=request.prompt.teacher_ids_P,
     )
 
 

@@ -4,17 +4,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from opd_ray.config.schema import TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.protocol import Score, ScoreRequest, ScoreSummary, TrajectoryGroup
+from opd_ray.requests import follows_student
 from workers.teacher.aligned import AlignedTeacher, Scorer
+from workers.teacher.ema import EmaTeacher
 from workers.teacher.errors import BadScore
 from workers.teacher.http import HttpTeacherWorker
 from workers.teacher.score_checks import check_score
 from workers.teacher.worker import TeacherWorker
+from workers.weights import WeightManifest
 
 _LOG = logging.getLogger(__name__)
 _MORE_TEACHER_TOKENS = 2  # room for a teacher whose tokenizer cuts the same text into more tokens
@@ -46,6 +53,8 @@ class TeacherActor:
         if config.kind is TeacherKind.http:
             assert config.http is not None
             self._scorer = HttpTeacherWorker(config=config.http, request=request, **common)
+        elif follows_student(config):
+            self._scorer = EmaTeacher(TeacherWorker(config=config, **common), decay=config.self.ema_decay)
         else:
             self._scorer = TeacherWorker(config=config, **common)
         if aligned:
@@ -61,8 +70,34 @@ class TeacherActor:
         return await self._scorer.ready()
 
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score | None]:
-        """Score every response token of a group; for one that cannot be scored the summary says why."""
-        return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
+        """Score every response token of a group, behind the prompt that the teacher is to read.
+
+        For a group that cannot be scored the summary says why.
+        """
+        return await answered(self._scorer, _as_teacher_reads(group), request, vocab_size=self._vocab_size)
+
+    async def follow(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
+        """Take a published version of the student into the average; return the seconds it took."""
+        return await self._ema().follow(manifest, buffer)
+
+    async def save(self, path: str) -> None:
+        """Write the averaged weights to a safetensors file."""
+        await self._ema().save(path)
+
+    async def restore(self, path: str) -> None:
+        """Take the averaged weights from a file that `save` has written."""
+        await self._ema().restore(path)
+
+    def _ema(self) -> EmaTeacher:
+        assert isinstance(self._scorer, EmaTeacher)
+        return self._scorer
+
+
+def _as_teacher_reads(group: TrajectoryGroup) -> TrajectoryGroup:
+    """Return the group with the teacher's prompt, where it has one of its own, for the student's."""
+    if not len(group.teacher_prompt_ids):
+        return group
+    return replace(group, prompt_ids=group.teacher_prompt_ids, teacher_prompt_ids=group.teacher_prompt_ids[:0])
 
 
 async def answered(

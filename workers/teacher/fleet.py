@@ -7,9 +7,20 @@ import ray
 
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
-from opd_ray.protocol import CannotGoOn, GroupHandle, Payload, Ref, ScoreHandle, ScoreRequest, ScoreSummary
-from opd_ray.requests import check_offered, held_out_request, score_request
+from opd_ray.protocol import (
+    CannotGoOn,
+    GroupHandle,
+    Metrics,
+    Payload,
+    Ref,
+    ScoreHandle,
+    ScoreRequest,
+    ScoreSummary,
+    WeightBundle,
+)
+from opd_ray.requests import check_offered, follows_student, held_out_request, score_request
 from workers.fleet import Berth, kill, spawn
+from workers.placement import teacher_role
 from workers.teacher.actor import TeacherActor
 from workers.teacher.errors import TeacherDown
 from workers.teacher.http import check_request, offered
@@ -33,6 +44,12 @@ def _check_request(teacher: TeacherConfig, request: ScoreRequest, *, temperature
         sayable = frozenset({Payload.sampled})
     if teacher.kind is TeacherKind.http:
         sayable &= offered(temperature)
+    if follows_student(teacher) and request.payload is Payload.hidden:
+        raise ValueError(
+            "teacher.self.update=ema: the learner would need the head of every version for the teacher's hidden states,"
+            " which objective=full and objective.baseline=kl ask for; use objective=support, objective=sampled without"
+            " that baseline, or teacher.self.update=frozen"
+        )
     check_offered(request, offered=sayable, teacher=teacher.path)
     if teacher.kind is TeacherKind.http:
         check_request(request, temperature=temperature)
@@ -44,6 +61,7 @@ class RayTeacherFleet:
     def __init__(self, *, name: str, config: TeacherConfig, berth: Berth, arguments: dict[str, Any]) -> None:
         self._workers = spawn(TeacherActor, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
         self._name = name
+        self._follows = follows_student(config)
         self._num_dealt = 0
 
     def wait_ready(self) -> None:
@@ -62,6 +80,23 @@ class RayTeacherFleet:
         """Have every worker score the groups, to compare them; return at once, a list for each worker."""
         return [[self._ask(worker, group, request) for group in groups] for worker in self._workers]
 
+    def follow(self, weights: WeightBundle) -> Metrics:
+        """Have every worker take a new version of the student into its average; blocks until all hold it."""
+        if not self._follows:
+            return {}
+        seconds = ray.get([worker.follow.remote(weights.manifest, weights.buffer) for worker in self._workers])
+        return {"time/teacher_load_s": max(seconds)}
+
+    def save(self, folder: str) -> None:
+        """Write the averaged weights, which all workers share."""
+        if self._follows:
+            ray.get(self._workers[0].save.remote(self._state_file(folder)))
+
+    def restore(self, folder: str) -> None:
+        """Give every worker the averaged weights of a checkpoint."""
+        if self._follows:
+            ray.get([worker.restore.remote(self._state_file(folder)) for worker in self._workers])
+
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)
@@ -71,6 +106,9 @@ class RayTeacherFleet:
             return ray.get(list(refs))
         except TeacherDown as error:  # Ray raises it with the worker's traceback for a message
             raise CannotGoOn(f"{self._name}: {getattr(error, 'cause', error)}") from None
+
+    def _state_file(self, folder: str) -> str:
+        return f"{folder}/{teacher_role(self._name)}.safetensors"
 
     def _score(self, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
         worker: Any = self._workers[self._num_dealt % len(self._workers)]

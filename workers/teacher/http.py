@@ -195,7 +195,7 @@ class HttpTeacherWorker:
             raise ValueError(
                 f"the teacher's server takes sequences of {model.max_model_len} tokens, expected at least {needed}:"
                 " start it with a larger --max-model-len, or lower data.max_prompt_tokens or"
-                " rollout.max_response_tokens"
+                " rollout.max_response_tokens, or shorten teacher.context"
             )
         return model.id
 

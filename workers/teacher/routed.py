@@ -2,7 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from opd_ray.protocol import GroupHandle, ScoreHandle, ScoreRequest, ScoreSummary, TeacherFleet
+from opd_ray.protocol import (
+    GroupHandle,
+    Metrics,
+    ScoreHandle,
+    ScoreRequest,
+    ScoreSummary,
+    TeacherFleet,
+    WeightBundle,
+)
 from opd_ray.routing import Teachers
 
 
@@ -20,3 +28,21 @@ class RoutedTeachers:
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         """Wait for scores and return their summaries, in order."""
         return [self._fleets[score.teacher].summaries([score])[0] for score in scores]
+
+    def follow(self, weights: WeightBundle) -> Metrics:
+        """Show a new version of the student to all; return the longest times."""
+        metrics: dict[str, float] = {}
+        for fleet in self._fleets.values():
+            for name, value in fleet.follow(weights).items():
+                metrics[name] = max(value, metrics.get(name, value))
+        return metrics
+
+    def save(self, folder: str) -> None:
+        """Write the state of all that have one."""
+        for fleet in self._fleets.values():
+            fleet.save(folder)
+
+    def restore(self, folder: str) -> None:
+        """Load the state of all that have one."""
+        for fleet in self._fleets.values():
+            fleet.restore(folder)

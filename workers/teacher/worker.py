@@ -4,20 +4,24 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from opd_ray.config.schema import TeacherConfig
 from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.protocol import Int32, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
+from opd_ray.requests import follows_student
 from workers.engine_loop import EngineLoop
-from workers.output_head import load_head
+from workers.output_head import head_of, load_head
 from workers.teacher.checks import check_ids
 from workers.teacher.head import TeacherHead
 from workers.teacher.messages import build_score, num_bytes
 from workers.teacher.rows import response_states
+from workers.weights import WeightManifest, read_tensors
 
 
 class TeacherWorker:
@@ -45,21 +49,23 @@ class TeacherWorker:
             "max_model_len": max_model_tokens,
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
+            **(_transfer_args() if follows_student(config) else {}),
             **config.engine_args,
         }
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self._loop = EngineLoop(engine)
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._loop = EngineLoop(self._engine)
         # vLLM would read no cached prefix, since it gives no states for one: `response_states` takes them elsewhere.
         self._params = PoolingParams(task="token_embed", use_activation=False, skip_reading_prefix_cache=False)
-        self._dtype: torch.dtype = engine.model_config.dtype
+        self._dtype: torch.dtype = self._engine.model_config.dtype
         self._device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
         self._vocab_size = vocab_size
-        self._head = TeacherHead(
-            load_head(config.path).to(self._device),
+        self._make_head = partial(
+            TeacherHead,
             vocab_size=vocab_size,
             temperature=temperature,
             equivalence=Equivalence.of(equivalent_ids, device=self._device),
         )
+        self._head = self._make_head(load_head(config.path).to(self._device))
         # One thread: the head uses all cores by itself, and its chunks share memory.
         self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="head")
         self._num_groups = 0
@@ -93,6 +99,18 @@ class TeacherWorker:
         )
         return summary, score
 
+    async def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
+        """Take all weights of a publication, the head too; no `score` may be under way.
+
+        No later group reads keys of the old weights: every group has a salt of its own. Only for a teacher that
+        follows the student.
+        """
+        from workers.object_store_engine import update_engine
+
+        await asyncio.wrap_future(self._loop.call(lambda: update_engine(self._engine, manifest, buffer)))
+        head_RD = head_of(dict(read_tensors(buffer, manifest)))
+        self._head = self._make_head(head_RD.to(self._device, self._dtype, copy=True))
+
     def _build(
         self, states: Sequence[torch.Tensor], group: TrajectoryGroup, request: ScoreRequest
     ) -> tuple[Score, float]:
@@ -108,3 +126,13 @@ class TeacherWorker:
 
     def _ids(self, ids: Int32) -> torch.Tensor:
         return torch.from_numpy(ids.astype(np.int64)).to(self._device)
+
+
+def _transfer_args() -> dict[str, Any]:
+    """Return vLLM's arguments for an engine whose weights change."""
+    from vllm.config import WeightTransferConfig
+
+    from workers import object_store_engine
+
+    object_store_engine.register()
+    return {"weight_transfer_config": WeightTransferConfig(backend=object_store_engine.BACKEND)}

@@ -73,8 +73,11 @@ def test_every_experiment_composes_and_holds_together(experiment: str):
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_of_every_group_composes(group: str, choice: str):
-    urls = ['teacher.http.urls=["http://127.0.0.1:9"]'] if (group, choice) == ("teacher", "http") else []
-    config = compose_config(*MANDATORY, f"{group}={choice}", "data.path=prompts", *urls)
+    more = {
+        ("teacher", "http"): ['teacher.http.urls=["http://127.0.0.1:9"]'],
+        ("teacher", "self"): ["teacher.path=student"],
+    }
+    config = compose_config(*MANDATORY, f"{group}={choice}", "data.path=prompts", *more.get((group, choice), []))
     assert isinstance(config, Config)
 
 

@@ -49,3 +49,13 @@ def test_a_cache_that_holds_no_sequence_is_red():
     finding = judge(one - 1)
     assert finding.status is Status.error
     assert f"teacher.engine_args.kv_cache_memory_bytes={one - 1}" in finding.found
+
+
+def test_a_teacher_that_follows_the_student_holds_an_average_in_float32_beside_its_engine():
+    def needed(*overrides: str) -> int:
+        common = ("teacher=self", "teacher.path=student", "cluster=local")
+        config = compose_config(*MANDATORY, *common, *overrides)
+        return needs(config, student=STUDENT, teachers={"teacher": TEACHER})[1].bytes_per_worker
+
+    assert needed("teacher.self.update=ema") - needed() == 4 * 3_000_000
+    assert needed("teacher.self.update=ema", "teacher.gpus_per_worker=1") == needed()

@@ -1,10 +1,19 @@
 from dataclasses import replace
 
+import pytest
 from config_files import MANDATORY, compose_config
 from preflight_facts import STUDENT
 
 from opd_ray.preflight.finding import Status
-from opd_ray.preflight.models import chat_templates, context, end_tokens, special_tokens, top_k, vocabulary
+from opd_ray.preflight.models import (
+    chat_templates,
+    context,
+    end_tokens,
+    own_teachers,
+    special_tokens,
+    top_k,
+    vocabulary,
+)
 
 TEACHER = replace(STUDENT, key="teacher.path")
 
@@ -71,3 +80,19 @@ def test_a_sequence_longer_than_a_models_positions_is_red_unless_overrides_may_l
 def test_the_longest_response_of_any_task_counts():
     config = compose_config(*MANDATORY, "+tasks={sort:{max_response_tokens:2000}}")
     assert context(config, STUDENT, [TEACHER]).status is Status.error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status"),
+    [
+        ([], Status.ok),
+        (["teacher=self", "teacher.path=student"], Status.warning),
+        (["teacher=self", "teacher.path=student", "teacher.self.update=ema"], Status.warning),
+        (["teacher=self", "teacher.path=student", "teacher.context='1 {prompt}'"], Status.ok),
+        (["+teachers={a: {path: x}, b: {kind: self}}"], Status.warning),
+    ],
+)
+def test_a_teacher_that_is_the_student_and_knows_no_more_is_yellow(overrides: list[str], status: Status):
+    finding = own_teachers(compose_config(*MANDATORY, *overrides))
+    assert finding.status is status
+    assert ("teacher.context" in finding.advice) == (status is Status.warning)

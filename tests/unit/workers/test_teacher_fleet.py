@@ -9,6 +9,7 @@ from opd_ray.routing import teachers_of
 from workers import check_teachers
 
 HTTP = ("teacher=http", "teacher.path=teacher", 'teacher.http.urls=["http://127.0.0.1:9"]', "teacher.build=null")
+EMA = ("teacher=self", "teacher.self.update=ema")
 
 
 def check(*overrides: str) -> None:
@@ -26,6 +27,9 @@ def check(*overrides: str) -> None:
         [*HTTP, "objective=support", "objective.tail=bucket"],
         ["teacher.alignment=bytes", "objective=sampled", "objective.discount=0.5"],
         [*HTTP, "teacher.alignment=bytes", "objective=sampled"],
+        ["teacher=self", "objective=full"],
+        [*EMA, "objective=sampled"],
+        [*EMA, "objective=support", "objective.support=union", "rollout.temperature=0.5"],
     ],
 )
 def test_a_teacher_that_can_say_what_is_asked_passes(overrides: list[str]):
@@ -38,6 +42,8 @@ def test_a_teacher_that_can_say_what_is_asked_passes(overrides: list[str]):
         ([*HTTP, "objective=full"], "teacher teacher gives only sampled, support: objective=full"),
         ([*HTTP, "objective=support", "objective.support=student"], "objective.support=student: an HTTP teacher"),
         ([*HTTP, "objective=sampled", "rollout.temperature=0.5"], "gives only support: objective=sampled"),
+        ([*EMA, "objective=full"], "teacher.self.update=ema: the learner would need the head of every version"),
+        ([*EMA, "objective=sampled", "objective.baseline=kl"], "or teacher.self.update=frozen"),
         (["teacher.alignment=bytes", "objective=support"], "gives only sampled: objective=support"),
         (
             ["teacher.alignment=bytes", "objective=sampled", 'objective.equivalent_tokens=[["<eos>","<pad>"]]'],

@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 
 from opd_ray.config.schema import TeacherConfig
-from opd_ray.protocol import GroupHandle, Payload, ScoreHandle, ScoreRequest
+from opd_ray.protocol import GroupHandle, Metrics, Payload, ScoreHandle, ScoreRequest, WeightBundle
 from opd_ray.routing import Teachers
 from workers.teacher.routed import RoutedTeachers
 
@@ -12,6 +12,8 @@ ASKED = ScoreRequest(payload=Payload.hidden)
 class NamedTeacher:
     name: str
     asked: list[ScoreRequest] = field(default_factory=list)
+    did: list[object] = field(default_factory=list)
+    load_s: float | None = None  # None: it does not follow the student
 
     def score(self, groups: list[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         self.asked.append(request)
@@ -23,6 +25,16 @@ class NamedTeacher:
     def summaries(self, scores: list[ScoreHandle]) -> list[object]:
         assert {score.teacher for score in scores} == {self.name}
         return [score.summary for score in scores]
+
+    def follow(self, weights: WeightBundle) -> Metrics:
+        self.did.append(weights.version)
+        return {} if self.load_s is None else {"time/teacher_load_s": self.load_s}
+
+    def save(self, folder: str) -> None:
+        self.did.append(f"save {folder}")
+
+    def restore(self, folder: str) -> None:
+        self.did.append(f"restore {folder}")
 
 
 def route(*tasks: str, of_task: dict[str, str]) -> tuple[list[ScoreHandle], dict[str, NamedTeacher]]:
@@ -57,3 +69,12 @@ def test_every_score_is_waited_for_at_its_own_teacher_and_the_summaries_keep_the
     scores, fleets = route("b", "a", "b", of_task=of_task)
     teachers = Teachers(by_name={name: TeacherConfig(path=name) for name in fleets}, of_task=of_task)
     assert RoutedTeachers(fleets, teachers).summaries(scores) == [("by", "b", 0), ("by", "a", 1), ("by", "b", 2)]
+
+
+def test_every_teacher_sees_every_version_and_checkpoint_and_the_longest_time_counts():
+    fleets = {"a": NamedTeacher("a", load_s=0.5), "b": NamedTeacher("b"), "c": NamedTeacher("c", load_s=0.25)}
+    routed = RoutedTeachers(fleets, Teachers(by_name={}, of_task={}))
+    assert routed.follow(WeightBundle(version=3, manifest=None, buffer=None)) == {"time/teacher_load_s": 0.5}
+    routed.save("x")
+    routed.restore("y")
+    assert [fleet.did for fleet in fleets.values()] == [[3, "save x", "restore y"]] * 3

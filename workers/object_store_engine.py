@@ -4,6 +4,7 @@ Registered beside vLLM's own `nccl` and `ipc` engines; it serves CPU clusters an
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,16 @@ def repack_tied_head(model: torch.nn.Module, device: torch.device) -> None:
     head = getattr(model, "lm_head", None)
     if device.type == "cpu" and head is not None and model.config.tie_word_embeddings:
         head.quant_method.process_weights_after_loading(head)
+
+
+def update_engine(engine: Any, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
+    """Give an engine built with this backend all tensors of a publication, between two of its steps.
+
+    Prefixes cached under the old weights stay cached: what is asked from now on needs another salt.
+    """
+    engine.collective_rpc("start_weight_update")
+    engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": manifest, "buffer": buffer}})
+    engine.collective_rpc("finish_weight_update")
 
 
 def register() -> None:

@@ -54,22 +54,23 @@ class FleetEvaluator:
 
     held_out: HeldOut
     fleets: Fleets
-    asked: ScoreRequest  # of the teacher: hidden states for the exact KL, or the sampled tokens' log-probs
+    # of the teacher: hidden states for the exact KL, or the sampled tokens' log-probs; None: no teacher to ask
+    asked: ScoreRequest | None
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/accuracy` (greedy), `eval/accuracy_avg` (mean of k samples), `eval/reverse_kl` in nats a token.
 
         The reverse KL is taken at the prefixes of the k samples, exactly over the vocabulary; from a teacher without
         hidden states by the sampled tokens, which is unbiased but noisy. Accuracies are left out where
-        prompts have no answers. With several tasks each has its own as well: `eval/reverse_kl_<task>` and so on.
+        prompts have no answers, the KL where no teacher is there to ask. With several tasks each has its own as well: `eval/reverse_kl_<task>` and so on.
         """
         start = time.perf_counter()
         rollout = self.fleets.rollout
         greedy = rollout.generate(self.held_out.greedy_requests(version=version))
         sampled = rollout.generate(self.held_out.requests(version=version))
-        scores = self.fleets.teacher.score(sampled, self.asked)
+        scores = [] if self.asked is None else self.fleets.teacher.score(sampled, self.asked)
         return {
-            **self._reverse_kl(Batch(step=version, groups=sampled, scores=scores)),
+            **(self._reverse_kl(Batch(step=version, groups=sampled, scores=scores)) if scores else {}),
             **mean_reward("eval/accuracy", rollout.summaries(greedy)),
             **mean_reward("eval/accuracy_avg", rollout.summaries(sampled)),
             "time/eval_s": time.perf_counter() - start,

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
-from opd_ray.config.teacher import AlignmentKind, HttpTeacherConfig, TeacherKind
+from opd_ray.config.teacher import AlignmentKind, CacheTeacherConfig, HttpTeacherConfig, TeacherKind
 
 
 class ResumePolicy(StrEnum):
@@ -101,9 +101,10 @@ class StudentConfig:
 class TeacherConfig:
     """The frozen model that scores, and its pool of workers."""
 
-    path: str  # kind=http: of its tokenizer alone
+    path: str  # kind=http: of its tokenizer alone; kind=cache: read for its output head, with hidden states only
     kind: TeacherKind = TeacherKind.vllm
     http: HttpTeacherConfig | None = None  # kind=http: where it is served
+    cache: CacheTeacherConfig | None = None  # kind=cache: what was recorded
     alignment: AlignmentKind = AlignmentKind.none
     token_map: dict[str, str] = field(default_factory=dict)  # alignment=bytes: student token -> teacher token
     build: TinyModelConfig | None = None
@@ -118,6 +119,8 @@ class TeacherConfig:
         _require(self.num_workers >= 1, "teacher.num_workers", self.num_workers, "an integer of at least 1")
         served = self.http is not None
         _require(served == (self.kind is TeacherKind.http), "teacher.http", self.http, "urls exactly with kind=http")
+        recorded = self.cache is not None
+        _require(recorded == (self.kind is TeacherKind.cache), "teacher.cache", self.cache, "path exactly with kind=cache")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -264,6 +267,7 @@ class Config:
     save_every: int = 0  # 0: no checkpoints, only the final export
     resume: ResumePolicy = ResumePolicy.never
     runs_dir: str = "runs"
+    record_scores: bool = False  # write all groups to train on and their scores to the run dir, for teacher=cache
     student: StudentConfig
     teacher: TeacherConfig
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)  # by task; empty: `teacher` teaches all

@@ -61,8 +61,9 @@ class FleetEvaluator:
         """Return `eval/accuracy` (greedy), `eval/accuracy_avg` (mean of k samples), `eval/reverse_kl` in nats a token.
 
         The reverse KL is taken at the prefixes of the k samples, exactly over the vocabulary; from a teacher without
-        hidden states by the sampled tokens, which is unbiased but noisy. Accuracies are left out where
-        prompts have no answers, the KL where no teacher is there to ask. With several tasks each has its own as well: `eval/reverse_kl_<task>` and so on.
+        hidden states by the sampled tokens, which is unbiased but noisy. It is left out where no teacher is there to
+        ask, accuracies where prompts have no answers. With several tasks each has its own as well:
+        `eval/reverse_kl_<task>` and so on.
         """
         start = time.perf_counter()
         rollout = self.fleets.rollout

@@ -37,6 +37,11 @@ class RunDir:
         """Return the folder of the workers' own output."""
         return self.path / "logs"
 
+    @property
+    def scores(self) -> Path:
+        """Return the folder of recorded scores."""
+        return self.path / "scores"
+
     def holds_run(self) -> bool:
         """Whether a run has been here."""
         return (self.path / "config.yaml").exists()

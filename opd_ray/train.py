@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,10 +26,12 @@ from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
-from opd_ray.protocol import GroupSummary, Metrics
+from opd_ray.protocol import GroupSummary, Metrics, PromptSource
+from opd_ray.replay import prepare_recording, replayed
 from opd_ray.requests import held_out_request, held_out_samples, objective_ids, score_request, training_samples
-from opd_ray.routing import task_config, teacher_key, teachers_of
+from opd_ray.routing import recorded_scores, task_config, teacher_key, teachers_of
 from opd_ray.schedule import Schedule, derive_seed
+from opd_ray.scores import RecordedPrompts
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
 from workers.faults import describe
@@ -58,6 +60,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
+    models, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=models.vocab_size, local=local)]
@@ -65,6 +68,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
     with workers.connected(config):
         step = claim(run_dir, config.resume)
         (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        prepare_recording(config, run_dir.scores, models=models, ids=ids, step=step)
         if prompts.num_dropped:
             record_event(run_dir, kind="prompts_dropped", message=f"{prompts.num_dropped} empty or too long")
         for warning in warnings:
@@ -81,11 +85,15 @@ def train(config: Config, console: RunConsole) -> Metrics:
                     workers.open_fleets(config, vocab_size=models.vocab_size, ids=ids, log_dir=run_dir.logs)
                 )
                 DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
-            with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
+            with (
+                _training_fleets(config, fleets, step=step, console=console) as training,
+                console.progress_phase("train", num_steps=config.num_steps, done=step) as line,
+            ):
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
                 )
-                _loop(config, fleets=fleets, prompts=prompts, tracker=tracker).run(step)
+                evaluator = FleetEvaluator(held_out=held_out, fleets=fleets, asked=held_out_request(config))
+                _loop(config, fleets=training, prompts=prompts, evaluator=evaluator, tracker=tracker).run(step)
             with console.phase("export student"):
                 fleets.learner.export(str(run_dir.export))
     summary = {**summarise(tracker.history, wall_s=time.perf_counter() - start), **measured}
@@ -165,7 +173,23 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
     return mean_reward("teacher_accuracy", summaries)
 
 
-def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker) -> Loop:
+def _training_fleets(
+    config: Config, fleets: Fleets, *, step: int, console: RunConsole
+) -> AbstractContextManager[Fleets]:
+    """Return what the loop trains with; when scores can be recorded no longer, that is told and the run goes on."""
+    run_dir = RunDir.of(config)
+
+    def say(fault: str) -> None:
+        message = f"{fault}; scores are recorded up to there"
+        record_event(run_dir, kind="recording_ended", message=message)
+        console.say(f"warning: recording ended: {message}")
+
+    return workers.training_fleets(config, fleets, folder=run_dir.scores, step=step, log_dir=run_dir.logs, on_fault=say)
+
+
+def _loop(
+    config: Config, *, fleets: Fleets, prompts: PromptSets, evaluator: FleetEvaluator, tracker: RunTracker
+) -> Loop:
     return Loop(
         schedule=Schedule(
             num_steps=config.num_steps,
@@ -177,16 +201,22 @@ def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTr
         asked=score_request(config.objective),
         seed=config.seed,
         fleets=fleets,
-        prompts=TaskPrompts(
-            prompts.train,
-            num_prompts=config.batch.num_prompts,
-            shares={task: task_config(config, task).share for task in prompts.tasks},
-            mode=config.batch.mode,
-            seed=config.seed,
-        ),
-        evaluator=FleetEvaluator(held_out=_held_out(config, prompts), fleets=fleets, asked=held_out_request(config)),
+        prompts=_prompt_source(config, prompts),
+        evaluator=evaluator,
         checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
         tracker=tracker,
+    )
+
+
+def _prompt_source(config: Config, prompts: PromptSets) -> PromptSource:
+    if recorded_scores(config) is not None:
+        return RecordedPrompts(prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed)
+    return TaskPrompts(
+        prompts.train,
+        num_prompts=config.batch.num_prompts,
+        shares={task: task_config(config, task).share for task in prompts.tasks},
+        mode=config.batch.mode,
+        seed=config.seed,
     )
 
 

@@ -120,7 +120,9 @@ class TeacherConfig:
         served = self.http is not None
         _require(served == (self.kind is TeacherKind.http), "teacher.http", self.http, "urls exactly with kind=http")
         recorded = self.cache is not None
-        _require(recorded == (self.kind is TeacherKind.cache), "teacher.cache", self.cache, "path exactly with kind=cache")
+        _require(
+            recorded == (self.kind is TeacherKind.cache), "teacher.cache", self.cache, "path exactly with kind=cache"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,19 +4,19 @@ A folder holds `manifest.json` (who was asked what, over which vocabulary), `ind
 the shard itself) and shards, safetensors files of at most one update each.
 """
 
-from opd_ray.scores.checks import check_recording
-from opd_ray.scores.files import Recording, read_recording
+from opd_ray.scores.checks import check_offered, check_recording
+from opd_ray.scores.files import Recording, prepare_folder, read_recording
 from opd_ray.scores.manifest import Manifest, manifest_of
-from opd_ray.scores.messages import RECORDED_VERSION
 from opd_ray.scores.prompts import RecordedPrompts, recorded_prompts
 
 __all__ = [
-    "RECORDED_VERSION",
     "Manifest",
     "RecordedPrompts",
     "Recording",
+    "check_offered",
     "check_recording",
     "manifest_of",
+    "prepare_folder",
     "read_recording",
     "recorded_prompts",
 ]

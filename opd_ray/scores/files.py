@@ -175,7 +175,7 @@ class ShardReader:
             raise DamagedRecording(f"{self._where(recorded)}: cannot be read ({error})") from None
 
     def _opened(self, file: str) -> tuple[Any, list[str], list[dict[str, Any]]]:
-        tensors = safe_open(self._folder / file, framework="numpy")
+        tensors: Any = safe_open(self._folder / file, framework="numpy")
         return tensors, list(tensors.keys()), json.loads(tensors.metadata()["groups"])
 
     def _check(self, recorded: RecordedGroup, *, matches: bool) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from opd_ray.protocol import (
+    RECORDED_VERSION,
     GroupSummary,
     HiddenScore,
     Int32,
@@ -20,7 +21,6 @@ from opd_ray.protocol import (
 )
 
 Array = npt.NDArray[Any]
-RECORDED_VERSION = -1  # of a token that an earlier run's policy sampled: no version of this run
 
 _DIGEST_BYTES = 16
 _KINDS: dict[str, type[Score]] = {kind.__name__: kind for kind in (SampledScore, SupportScore, HiddenScore)}
@@ -108,7 +108,7 @@ def _values(message: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
 
 
-def _named(arrays: Mapping[str, Array], part: str) -> dict[str, Array]:
+def _named(arrays: Mapping[str, Array], part: str) -> dict[str, Any]:
     return {n.removeprefix(f"{part}."): array for n, array in arrays.items() if n.startswith(f"{part}.")}
 
 

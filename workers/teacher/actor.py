@@ -9,6 +9,7 @@ from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.protocol import Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from workers.teacher.aligned import AlignedTeacher, Scorer
 from workers.teacher.http import HttpTeacherWorker
+from workers.teacher.recorded import RecordedTeacher
 from workers.teacher.worker import TeacherWorker
 
 _MORE_TEACHER_TOKENS = 2  # room for a teacher whose tokenizer cuts the same text into more tokens
@@ -39,6 +40,9 @@ class TeacherActor:
         if config.kind is TeacherKind.http:
             assert config.http is not None
             self._scorer = HttpTeacherWorker(config=config.http, request=request, **common)
+        elif config.kind is TeacherKind.cache:
+            assert config.cache is not None
+            self._scorer = RecordedTeacher(config.cache)
         else:
             self._scorer = TeacherWorker(config=config, **common)
         if aligned:

@@ -17,17 +17,17 @@ from opd_ray.scores.manifest import Manifest, from_json, to_json
 from opd_ray.scores.messages import (
     Array,
     Scored,
+    checksum,
     group_key,
     pack,
     prompt_key,
-    score_key,
     unpack_group,
     unpack_score,
 )
 
 _MANIFEST, _INDEX = "manifest.json", "index.jsonl"
 _KEY = "teacher.cache.path"
-_MAX_SHARD_BYTES = 256 << 20  # an update that is larger is cut; the writer holds one shard's bytes at a time
+MAX_SHARD_BYTES = 256 << 20  # an update that is larger is cut; the writer holds one shard's bytes at a time
 _CHUNK_BYTES = 16 << 20
 _MAX_OPEN_SHARDS = 16
 
@@ -52,7 +52,8 @@ class RecordedGroup:
     has_rewards: bool
     prompt_key: str
     group_key: str
-    score_key: str
+    group_checksum: str
+    score_checksum: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,16 +133,16 @@ def prepare_folder(folder: Path, manifest: Manifest, *, step: int) -> None:
         raise ValueError(f"record_scores=true: {folder} cannot be written ({error.strerror})") from None
 
 
-def write_update(folder: Path, *, step: int, scored: Sequence[Scored]) -> None:
+def write_update(folder: Path, *, step: int, scored: Sequence[Scored], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write an update's groups and scores: each shard whole, then its line of the index. Raises OSError."""
-    for number, part in enumerate(_parts(scored)):
+    for number, part in enumerate(_parts(scored, max_bytes=max_shard_bytes)):
         name = f"update-{step:06d}-{number:02d}.safetensors"
         packed = [pack(one) for one in part]
         arrays = {f"{row}.{key}": array for row, (of_row, _) in enumerate(packed) for key, array in of_row.items()}
         content = safetensors.numpy.save(arrays, {"groups": json.dumps([values for _, values in packed])})
         _write_whole(folder / name, content)
         shard = Shard(file=name, step=step, num_bytes=len(content), checksum=_checksum(content))
-        line = {"shard": asdict(shard), "groups": [_index_values(one) for one in part]}
+        line = {"shard": asdict(shard), "groups": [_index_values(*row) for row in zip(part, packed, strict=True)]}
         with (folder / _INDEX).open("a") as index:
             index.write(json.dumps(line) + "\n")
 
@@ -155,42 +156,35 @@ class ShardReader:
 
     def group(self, recorded: RecordedGroup) -> tuple[GroupSummary, TrajectoryGroup]:
         """Return a group. Raises DamagedRecording."""
-        summary, group = unpack_group(*self._row(recorded, part="group"))
-        self._check(recorded, matches=group_key(group) == recorded.group_key)
-        return summary, group
+        return unpack_group(*self._row(recorded, part="group", expected=recorded.group_checksum))
 
     def score(self, recorded: RecordedGroup) -> tuple[ScoreSummary, Score]:
         """Return a group's score. Raises DamagedRecording."""
-        summary, score = unpack_score(*self._row(recorded, part="score"))
-        self._check(recorded, matches=score_key(score) == recorded.score_key)
-        return summary, score
+        return unpack_score(*self._row(recorded, part="score", expected=recorded.score_checksum))
 
-    def _row(self, recorded: RecordedGroup, *, part: str) -> tuple[dict[str, Array], dict[str, Any]]:
-        prefix = f"{recorded.row}."
+    def _row(self, recorded: RecordedGroup, *, part: str, expected: str) -> tuple[dict[str, Array], dict[str, Any]]:
+        where, prefix = f"{self._folder / recorded.file}, row {recorded.row}", f"{recorded.row}."
         try:
             tensors, names, values = self._open(recorded.file)
             mine = [name for name in names if name.startswith(f"{prefix}{part}.")]
-            return {name.removeprefix(prefix): tensors.get_tensor(name) for name in mine}, values[recorded.row]
+            arrays = {name.removeprefix(prefix): tensors.get_tensor(name) for name in mine}
+            found = checksum(arrays, values[recorded.row], part=part)
         except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise DamagedRecording(f"{self._where(recorded)}: cannot be read ({error})") from None
+            raise DamagedRecording(f"{where}: cannot be read ({error})") from None
+        if found != expected:
+            raise DamagedRecording(f"{where}: its checksum differs from the index's")
+        return arrays, values[recorded.row]
 
     def _opened(self, file: str) -> tuple[Any, list[str], list[dict[str, Any]]]:
         tensors: Any = safe_open(self._folder / file, framework="numpy")
         return tensors, list(tensors.keys()), json.loads(tensors.metadata()["groups"])
 
-    def _check(self, recorded: RecordedGroup, *, matches: bool) -> None:
-        if not matches:
-            raise DamagedRecording(f"{self._where(recorded)}: its checksum differs from the index's")
 
-    def _where(self, recorded: RecordedGroup) -> str:
-        return f"{self._folder / recorded.file}, row {recorded.row}"
-
-
-def _parts(scored: Sequence[Scored]) -> list[list[Scored]]:
+def _parts(scored: Sequence[Scored], *, max_bytes: int) -> list[list[Scored]]:
     """Cut an update where a shard would grow beyond its limit."""
-    parts, size = list[list[Scored]](), _MAX_SHARD_BYTES
+    parts, size = list[list[Scored]](), max_bytes
     for one in scored:
-        if size + one.num_bytes > _MAX_SHARD_BYTES:
+        if size + one.num_bytes > max_bytes:
             parts.append([])
             size = 0
         parts[-1].append(one)
@@ -198,7 +192,7 @@ def _parts(scored: Sequence[Scored]) -> list[list[Scored]]:
     return parts
 
 
-def _index_values(scored: Scored) -> dict[str, Any]:
+def _index_values(scored: Scored, packed: tuple[dict[str, Array], dict[str, Any]]) -> dict[str, Any]:
     group, summary = scored.group, scored.group_summary
     return {
         "task": group.task,
@@ -210,7 +204,8 @@ def _index_values(scored: Scored) -> dict[str, Any]:
         "has_rewards": len(group.rewards) > 0,
         "prompt_key": prompt_key(group.prompt_ids),
         "group_key": group_key(group),
-        "score_key": score_key(scored.score),
+        "group_checksum": checksum(*packed, part="group"),
+        "score_checksum": checksum(*packed, part="score"),
     }
 
 

@@ -1,6 +1,7 @@
-"""Messages as named arrays and plain values, and back, whatever their fields are; and the keys they are found by."""
+"""Messages as named arrays and plain values, and back, whatever their fields are; their keys and checksums."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -75,9 +76,10 @@ def group_key(group: TrajectoryGroup) -> str:
     return digest([(group.task, np.empty(0)), *((name, arrays[name]) for name in _OF_GROUP)])
 
 
-def score_key(score: Score) -> str:
-    """Return the checksum of a score."""
-    return digest(_arrays(score).items())
+def checksum(arrays: Mapping[str, Array], values: Mapping[str, Any], *, part: str) -> str:
+    """Return the checksum of all that is packed of a `group` or a `score`."""
+    said = json.dumps([values["kind"], values[part], values[f"{part}_summary"]], sort_keys=True)
+    return digest([(said, np.empty(0)), *sorted((n, a) for n, a in arrays.items() if n.startswith(f"{part}."))])
 
 
 def prompt_key(ids_P: Int32) -> str:

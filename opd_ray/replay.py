@@ -45,7 +45,9 @@ def prepare_recording(config: Config, folder: Path, *, models: Models, ids: Obje
     if config.record_scores:
         manifest = manifest_of(
             config,
-            models=models,
+            tokenizer=models.tokenizer,
+            vocab_size=models.vocab_size,
+            teacher_hidden_size=models.teacher_hidden_size,
             equivalent_ids=ids.equivalent,
             head_keys=workers.head_keys(config, vocab_size=models.vocab_size),
         )

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opd_ray.config.schema import Config, TeacherConfig
-from opd_ray.data.models import Models
 from opd_ray.protocol import Payload, ScoreRequest
 from opd_ray.requests import score_request
 from opd_ray.routing import teachers_of
@@ -43,16 +42,23 @@ class Manifest:
 
 
 def manifest_of(
-    config: Config, *, models: Models, equivalent_ids: Sequence[Sequence[int]], head_keys: Mapping[str, str]
+    config: Config,
+    *,
+    tokenizer: Any,
+    vocab_size: int,
+    teacher_hidden_size: int,
+    equivalent_ids: Sequence[Sequence[int]],
+    head_keys: Mapping[str, str],
 ) -> Manifest:
-    """Return the manifest of a run's own recording; head_keys by teacher, of those whose hidden states are recorded."""
+    """Return the manifest of a run's own recording. tokenizer is the student's, vocab_size what log-probs are over;
+    head_keys by teacher, of those whose hidden states are recorded."""
     return Manifest(
         format=FORMAT,
         run=config.name,
         student=config.student.path,
-        vocabulary_key=vocabulary_key(models.tokenizer),
-        vocab_size=models.vocab_size,
-        teacher_hidden_size=models.teacher_hidden_size,
+        vocabulary_key=vocabulary_key(tokenizer),
+        vocab_size=vocab_size,
+        teacher_hidden_size=teacher_hidden_size,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         correct_top_p=config.objective.correct_top_p,

@@ -99,7 +99,10 @@ def make_scored(group: TrajectoryGroup, score: Score | None = None, *, teacher: 
 
 
 def make_manifest(config: Config, **changes: Any) -> Manifest:
-    return replace(manifest_of(config, models=MODELS, equivalent_ids=(), head_keys={}), **changes)
+    manifest = manifest_of(
+        config, tokenizer=TOKENIZER, vocab_size=14, teacher_hidden_size=8, equivalent_ids=(), head_keys={}
+    )
+    return replace(manifest, **changes)
 
 
 def record(

@@ -10,7 +10,7 @@ from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Metrics, Payload
 from opd_ray.requests import score_request
-from opd_ray.routing import teachers_of
+from opd_ray.routing import recorded_scores, teachers_of
 from opd_ray.state import RunDir
 
 _BYTES_PER_ID = 6  # of a support, with its log-prob
@@ -26,6 +26,7 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
     return [
         f"student    {config.student.path}",
         *(f"teacher    {_described(t)}{_taught(teachers.tasks_of(name))}" for name, t in teachers.by_name.items()),
+        *_recorded(config, prompts),
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
@@ -95,6 +96,14 @@ def _described(teacher: TeacherConfig) -> str:
         decay = f", decay {teacher.self.ema_decay:g}" if teacher.self.update is SelfUpdate.ema else ""
         words += f", the student itself ({teacher.self.update.value}{decay})"
     return words if teacher.context is None else f"{words}, with privileged context"
+
+
+def _recorded(config: Config, prompts: PromptSets) -> list[str]:
+    """Return the line of a run that samples nothing to train on."""
+    folder = recorded_scores(config)
+    if folder is None:
+        return []
+    return [f"scores     recorded in {folder}: {len(prompts.train):,} groups, which replace the training prompts"]
 
 
 def _taught(tasks: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from opd_ray.engine_checks import EngineTest, engine_findings, student_as_teache
 from opd_ray.preflight import Finding, Status, error, machine_findings, model_findings, ok, warning
 from opd_ray.preflight.machine import dashboard, hub_credentials, tracking_credentials
 from opd_ray.protocol import CannotGoOn
+from opd_ray.replay import replayed
 from opd_ray.requests import objective_ids
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.tracking import has_wandb_credentials
@@ -124,10 +125,11 @@ def _models(config: Config) -> tuple[Models | None, list[Finding]]:
 
 def _prompts(config: Config, models: Models) -> tuple[PromptSets | None, list[Finding]]:
     try:
-        objective_ids(config.objective, tokenizer=models.tokenizer)
+        ids = objective_ids(config.objective, tokenizer=models.tokenizer)
         workers.check_teachers(config, teachers_of(config).by_name.values())
         prompts = load_prompts(config, tokenizer=models.tokenizer)
         check_teacher_room(config, longest_teacher_prompts(config, [*prompts.train, *prompts.held_out]))
+        _, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
     except ValueError as refusal:
         return None, [error("objective and data", str(refusal), "as said")]
     found = f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out"

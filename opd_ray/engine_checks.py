@@ -12,10 +12,10 @@ from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.data.teacher_context import with_room
 from opd_ray.evaluation import HeldOut
 from opd_ray.preflight.engines import gap, opd_signal, replicas, same_temperature, self_kl
-from opd_ray.preflight.finding import Finding
+from opd_ray.preflight.finding import Finding, ok
 from opd_ray.protocol import CannotGoOn, Float32, GroupHandle, Payload, Prompt, ScoreRequest, TrajectoryGroup
 from opd_ray.requests import held_out_samples
-from opd_ray.routing import teacher_key, teachers_of
+from opd_ray.routing import recorded_scores, teacher_key, teachers_of
 
 _NUM_PROMPTS = 4  # of each task
 _NUM_SAMPLES = 2
@@ -89,7 +89,8 @@ def engine_findings(test: EngineTest, *, prompts: Sequence[Prompt], reference: T
     (reference_N,) = test.score(reference, groups=as_sampled, role="student-as-teacher")
     student = gap(_flat([group.sampled_logprobs for group in groups]), reference_N)
     signals, disagreements = dict[str, float](), list[Finding]()
-    for name, teacher in teachers.by_name.items():
+    alive = {} if recorded_scores(config) is not None else teachers.by_name
+    for name, teacher in alive.items():
         mine = [group for group in groups if teachers.name_of(group.task) == name]
         if not mine:
             continue
@@ -97,9 +98,10 @@ def engine_findings(test: EngineTest, *, prompts: Sequence[Prompt], reference: T
         by_workers = test.score(teacher, groups=mine, role=key.replace("s.", "-"))
         signals[key] = gap(_flat([group.sampled_logprobs for group in mine]), by_workers[0]).kl
         disagreements.append(replicas(key, by_workers, dtype=teacher.dtype, signal=signals[key]))
-    weakest, dtype = min(signals.values()), config.rollout.dtype
+    weakest, dtype = min(signals.values(), default=0.0), config.rollout.dtype
+    recorded = ok("OPD signal", "not measured: the scores were recorded by an earlier run, there is no teacher to ask")
     return [
-        opd_signal(signals),
+        opd_signal(signals) if alive else recorded,
         self_kl(student, dtype=dtype, signal=weakest),
         same_temperature(student, dtype=dtype, temperature=config.rollout.temperature, signal=weakest),
         *disagreements,

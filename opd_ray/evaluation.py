@@ -10,6 +10,7 @@ from opd_ray.metrics import mean_reward
 from opd_ray.protocol import (
     Batch,
     GenerateRequest,
+    GroupHandle,
     GroupSummary,
     Metrics,
     Prompt,
@@ -66,32 +67,39 @@ class FleetEvaluator:
 
     held_out: HeldOut
     fleets: Fleets
-    asked: ScoreRequest  # of the teacher: hidden states for the exact KL, or the sampled tokens' log-probs
+    # of the teacher: hidden states for the exact KL, or the sampled tokens' log-probs; None: no teacher to ask
+    asked: ScoreRequest | None
     quarantine: Quarantine
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/accuracy` (greedy), `eval/accuracy_avg` (mean of k samples), `eval/reverse_kl` in nats a token.
 
         The reverse KL is taken at the prefixes of the k samples, exactly over the vocabulary; from a teacher without
-        hidden states by the sampled tokens, which is unbiased but noisy. Accuracies are left out where
-        prompts have no answers. Groups that the teacher cannot score are left out of the KL, which is absent where none
-        is left, and counted in `eval/bad_groups`. With several tasks each has its own as well: `eval/reverse_kl_<task>`
-        and so on.
+        hidden states by the sampled tokens, which is unbiased but noisy. It is left out where no teacher is there to
+        ask, accuracies where prompts have no answers. Groups that the teacher cannot score are left out of the KL,
+        which is absent where none is left, and counted in `eval/bad_groups`. With several tasks each has its own as
+        well: `eval/reverse_kl_<task>` and so on.
         """
         start = time.perf_counter()
         rollout = self.fleets.rollout
         greedy = rollout.generate(self.held_out.greedy_requests(version=version))
         requests = self.held_out.requests(version=version)
         sampled = rollout.generate(requests)
-        scores = self.fleets.teacher.score(sampled, self.asked)
-        batch = self._scored(Batch(step=version, groups=sampled, scores=scores), seeds=[r.seed for r in requests])
+        seeds = [request.seed for request in requests]
         return {
-            **self._reverse_kl(batch),
-            "eval/bad_groups": float(len(sampled) - len(batch.groups)),
+            **self._taught(sampled, seeds=seeds, version=version),
             **mean_reward("eval/accuracy", rollout.summaries(greedy)),
             **mean_reward("eval/accuracy_avg", rollout.summaries(sampled)),
             "time/eval_s": time.perf_counter() - start,
         }
+
+    def _taught(self, sampled: Sequence[GroupHandle], *, seeds: Sequence[int], version: int) -> Metrics:
+        """Return what a teacher is needed for."""
+        if self.asked is None:
+            return {}
+        scores = self.fleets.teacher.score(sampled, self.asked)
+        batch = self._scored(Batch(step=version, groups=sampled, scores=scores), seeds=seeds)
+        return {**self._reverse_kl(batch), "eval/bad_groups": float(len(sampled) - len(batch.groups))}
 
     def _scored(self, batch: Batch, *, seeds: Sequence[int]) -> Batch:
         """Wait for the scores; return the part of the batch that has them and quarantine the rest."""

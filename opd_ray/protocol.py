@@ -17,6 +17,7 @@ Int32 = npt.NDArray[np.int32]
 UInt16 = npt.NDArray[np.uint16]
 Float32 = npt.NDArray[np.float32]
 Metrics = Mapping[str, float]
+RECORDED_VERSION = -1  # of a token that the policy of an earlier run sampled: no version of this run's student
 Ref = Any  # a reference to a value in the object store: `ray.ObjectRef` outside tests
 
 
@@ -91,7 +92,7 @@ class TrajectoryGroup:
     response_ids: Int32  # [N] sampled tokens, the end token included where there is one
     offsets: Int32  # [G+1] response g is response_ids[offsets[g]:offsets[g+1]]
     sampled_logprobs: Float32  # [N] of the sampled token, full vocabulary, at the rollout temperature
-    token_versions: Int32  # [N] version of the policy that sampled the token
+    token_versions: Int32  # [N] version of the policy that sampled the token, or RECORDED_VERSION
     loss_mask: npt.NDArray[np.bool_]  # [N] false: a token the policy did not choose
     support_ids: Int32  # [N,K] the student's own top-K at sampling time, -1 for none; K = 0 when not asked for
     rewards: Float32  # [G] of the task's verifier; [0] without a reference answer

@@ -9,7 +9,7 @@ from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.token_text import token_bytes
 from opd_ray.protocol import Payload, SamplingOptions, ScoreRequest
-from opd_ray.routing import task_config, teachers_of
+from opd_ray.routing import recorded_scores, task_config, teachers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +99,20 @@ def gives_hidden_states(teacher: TeacherConfig) -> bool:
     return has_engine(teacher) and not follows_student(teacher)
 
 
-def held_out_request(config: Config) -> ScoreRequest:
-    """Return what teachers must say for the held-out KL: the exact signal where all of them can give it."""
+def head_is_read(config: Config, teacher: TeacherConfig) -> bool:
+    """Return whether the learner needs a teacher's output head, with which hidden states become log-probs."""
+    if teacher.kind is TeacherKind.cache:
+        return score_request(config.objective).payload is Payload.hidden
+    return gives_hidden_states(teacher)
+
+
+def held_out_request(config: Config) -> ScoreRequest | None:
+    """Return what teachers must say for the held-out KL: the exact signal where all of them can give it.
+
+    None: their scores were recorded, and they say nothing of new responses.
+    """
+    if recorded_scores(config) is not None:
+        return None
     exact = all(gives_hidden_states(teacher) for teacher in teachers_of(config).by_name.values())
     return ScoreRequest(payload=Payload.hidden if exact else Payload.sampled)
 

@@ -50,6 +50,12 @@ def teacher_key(name: str) -> str:
     return "teacher.path" if name == DEFAULT_TEACHER else f"teachers.{name}.path"
 
 
+def recorded_scores(config: Config) -> str | None:
+    """Return the folder of recorded scores that teaches; None: the teachers are alive."""
+    caches = [teacher.cache for teacher in teachers_of(config).by_name.values()]
+    return caches[0].path if caches[0] is not None else None
+
+
 def task_config(config: Config, task: str) -> TaskConfig:
     """Return what is particular to a task."""
     return config.tasks[task] if task in config.tasks else TaskConfig()

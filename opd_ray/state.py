@@ -42,6 +42,11 @@ class RunDir:
         """Return the file of the groups that no teacher could score."""
         return self.path / "quarantine.jsonl"
 
+    @property
+    def scores(self) -> Path:
+        """Return the folder of recorded scores."""
+        return self.path / "scores"
+
     def holds_run(self) -> bool:
         """Whether a run has been here."""
         return (self.path / "config.yaml").exists()

@@ -3,8 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,32 +13,31 @@ from ray.exceptions import RayError
 from transformers.utils.logging import disable_progress_bar
 
 import workers
+from opd_ray.assembly import build_loop, held_out, saved_when_stopped
 from opd_ray.banner import closing_words, describe_run, result_rows
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
 from opd_ray.config.validate import validate_vocabulary
 from opd_ray.console import RunConsole
-from opd_ray.controller import Fleets, Loop
+from opd_ray.controller import Fleets
 from opd_ray.data.models import inspect_models
-from opd_ray.data.prompts import PromptSets, TaskPrompts, load_prompts
+from opd_ray.data.prompts import load_prompts
 from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts, with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
-from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
+from opd_ray.evaluation import HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
 from opd_ray.quarantine import DiskQuarantine
-from opd_ray.requests import held_out_request, held_out_samples, objective_ids, score_request, training_samples
-from opd_ray.routing import task_config, teacher_key, teachers_of
-from opd_ray.schedule import Schedule, derive_seed
-from opd_ray.screen import TeacherScreen
+from opd_ray.replay import prepare_recording, replayed
+from opd_ray.requests import objective_ids
+from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
 from workers.faults import describe
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
-_HELD_OUT_SEED_STREAM = 3
 # The driver computes nothing, and transformers' notes and bars would disturb the run's own.
 QUIET_ENV = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _RUN_FAILED, _USER_ERROR, _INTERRUPTED = 1, 2, 130  # exit codes
@@ -63,6 +61,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
     validate_vocabulary(config, vocab_size=models.vocab_size)
     ids = objective_ids(config.objective, tokenizer=models.tokenizer)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
+    models, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
     room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
     check_teacher_room(config, room)
     local = workers.is_local(config.cluster)
@@ -72,6 +71,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
     with workers.connected(config):
         step = claim(run_dir, config.resume)
         (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        prepare_recording(config, run_dir.scores, models=models, ids=ids, step=step)
         if prompts.num_dropped:
             record_event(run_dir, kind="prompts_dropped", message=f"{prompts.num_dropped} empty or too long")
         for warning in warnings:
@@ -80,8 +80,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
         sinks = open_sinks(config, run_dir)
         words = describe_run(config, models=models, prompts=prompts, run_dir=run_dir, step=step)
         console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
-        held_out = _held_out(config, prompts)
-        measured = _measure_teacher(config, held_out=held_out, console=console)
+        measured = _measure_teacher(config, held_out=held_out(config, prompts), console=console)
         with ExitStack() as stack:
             with console.phase("start workers"):
                 fleets = stack.enter_context(
@@ -91,13 +90,24 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 )
                 checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
                 checkpoints.restore(step, fleets.learner, fleets.teacher)
-                stack.enter_context(_saved_when_stopped(checkpoints, fleets))
-            with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
+                stack.enter_context(saved_when_stopped(checkpoints, fleets))
+            with (
+                _training(config, fleets, console=console) as training,
+                console.progress_phase("train", num_steps=config.num_steps, done=step) as line,
+            ):
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
                 )
-                quarantine = DiskQuarantine(run_dir, say=console.say)
-                _loop(config, fleets=fleets, prompts=prompts, tracker=tracker, quarantine=quarantine).run(step)
+                loop = build_loop(
+                    config,
+                    fleets=fleets,
+                    training=training,
+                    prompts=prompts,
+                    checkpoints=checkpoints,
+                    tracker=tracker,
+                    quarantine=DiskQuarantine(run_dir, say=console.say),
+                )
+                loop.run(step)
             with console.phase("export student"):
                 fleets.learner.export(str(run_dir.export))
     summary = {**summarise(tracker.history, wall_s=time.perf_counter() - start), **measured}
@@ -159,14 +169,6 @@ def _build_missing_models(config: Config, console: RunConsole) -> None:
             build_tiny_model(path, spec=model.build, on_step=lambda step, _, loss: line.show_loss(step, loss))
 
 
-def _held_out(config: Config, prompts: PromptSets) -> HeldOut:
-    return HeldOut(
-        prompts=prompts.held_out,
-        sampling={task: held_out_samples(config, task) for task in prompts.tasks},
-        seed=derive_seed(config.seed, _HELD_OUT_SEED_STREAM),
-    )
-
-
 def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) -> Metrics:
     teachers, summaries = teachers_of(config), list[GroupSummary]()
     for name, teacher in teachers.by_name.items():
@@ -182,58 +184,16 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
     return mean_reward("teacher_accuracy", summaries)
 
 
-@contextmanager
-def _saved_when_stopped(checkpoints: DiskCheckpoints, fleets: Fleets) -> Iterator[None]:
-    """Write a checkpoint of the last update when no further one is possible, and add to the cause that it is there."""
-    try:
-        yield
-    except CannotGoOn as cause:
-        try:
-            words = checkpoints.save_last(fleets.learner, fleets.teacher)
-        except (RayError, OSError) as fault:
-            words = f"no checkpoint could be written: {fault}"
-        raise CannotGoOn(f"{cause}; {words}") from None
+def _training(config: Config, fleets: Fleets, *, console: RunConsole) -> AbstractContextManager[workers.Training]:
+    """Return what the loop trains with; when scores can be recorded no longer, that is told and the run goes on."""
+    run_dir = RunDir.of(config)
 
+    def say(fault: str) -> None:
+        message = f"{fault}; scores are recorded up to there"
+        record_event(run_dir, kind="recording_ended", message=message)
+        console.say(f"warning: recording ended: {message}")
 
-def _loop(
-    config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker, quarantine: DiskQuarantine
-) -> Loop:
-    sampling = {task: training_samples(config, task) for task in prompts.tasks}
-    asked = score_request(config.objective)
-    source = TaskPrompts(
-        prompts.train,
-        num_prompts=config.batch.num_prompts,
-        shares={task: task_config(config, task).share for task in prompts.tasks},
-        mode=config.batch.mode,
-        seed=config.seed,
-    )
-    return Loop(
-        schedule=Schedule(
-            num_steps=config.num_steps,
-            max_staleness=config.max_staleness,
-            eval_every=config.eval_every,
-            save_every=config.save_every,
-        ),
-        sampling=sampling,
-        asked=asked,
-        seed=config.seed,
-        fleets=fleets,
-        prompts=source,
-        screen=TeacherScreen(
-            fleets=fleets,
-            prompts=source,
-            sampling=sampling,
-            asked=asked,
-            seed=config.seed,
-            max_bad_fraction=config.batch.max_bad_fraction,
-            quarantine=quarantine,
-        ),
-        evaluator=FleetEvaluator(
-            held_out=_held_out(config, prompts), fleets=fleets, asked=held_out_request(config), quarantine=quarantine
-        ),
-        checkpoints=DiskCheckpoints(folder=RunDir.of(config).checkpoints),
-        tracker=tracker,
-    )
+    return workers.opened_training(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ray.util.placement_group import remove_placement_group
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.controller import Fleets
 from opd_ray.protocol import Payload, RolloutFleet, ScoreRequest
-from opd_ray.requests import ObjectiveIds, gives_hidden_states, score_request
+from opd_ray.requests import ObjectiveIds, head_is_read, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
@@ -29,15 +29,20 @@ from workers.placement import (
     totals,
 )
 from workers.rollout.fleet import RayRolloutFleet
+from workers.scores import Training, check_replay, head_keys, opened_training
 from workers.teacher.fleet import RayTeacherFleet, check_teachers
 from workers.teacher.routed import RoutedTeachers
 
 __all__ = [
+    "Training",
     "capacity",
+    "check_replay",
     "check_teachers",
     "connected",
+    "head_keys",
     "is_local",
     "open_fleets",
+    "opened_training",
     "pools",
     "teacher_sampler",
     "teacher_scorer",
@@ -98,7 +103,7 @@ def open_fleets(
         berth=berths["learner"],
         arguments={
             "student_path": config.student.path,
-            "teacher_paths": {name: t.path for name, t in teachers.by_name.items() if gives_hidden_states(t)},
+            "teacher_paths": {name: t.path for name, t in teachers.by_name.items() if head_is_read(config, t)},
             "objective": ObjectiveSetup(
                 config=config.objective,
                 ids=ids,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from workers.placement import Pool
 
@@ -63,6 +63,16 @@ def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concur
         .remote(**arguments)
         for index in range(berth.pool.num_workers)
     ]
+
+
+def spawn_here(worker_class: type, *, name: str, log_dir: Path, arguments: dict[str, Any]) -> Any:
+    """Start one light actor on the driver's own machine, outside every pool, and return its handle at once.
+
+    It reads and writes files where the driver sees them, and takes its calls in order.
+    """
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(_logged(worker_class, log_dir / f"{name}.log"))
+    return actor.options(name=name, num_cpus=0, scheduling_strategy=node).remote(**arguments)
 
 
 def kill(actors: Sequence[Any]) -> None:

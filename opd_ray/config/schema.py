@@ -9,7 +9,14 @@ from enum import StrEnum
 from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
-from opd_ray.config.teacher import AlignmentKind, HttpTeacherConfig, SelfTeacherConfig, TeacherKind, check_context
+from opd_ray.config.teacher import (
+    AlignmentKind,
+    CacheTeacherConfig,
+    HttpTeacherConfig,
+    SelfTeacherConfig,
+    TeacherKind,
+    check_context,
+)
 
 
 class ResumePolicy(StrEnum):
@@ -101,9 +108,12 @@ class StudentConfig:
 class TeacherConfig:
     """The model that scores, and its pool of workers."""
 
-    path: str  # kind=http: of its tokenizer alone; kind=self: the student's, need not be given
+    # kind=http: of its tokenizer alone; kind=cache: read for its output head, with hidden states only; kind=self: the
+    # student's, need not be given
+    path: str
     kind: TeacherKind = TeacherKind.vllm
     http: HttpTeacherConfig | None = None  # kind=http: where it is served
+    cache: CacheTeacherConfig | None = None  # kind=cache: what was recorded
     self: SelfTeacherConfig = field(default_factory=SelfTeacherConfig)  # kind=self: how it follows the student
     context: str | None = None  # privileged context: what it reads for a prompt; holds {prompt}, may hold {answer}
     alignment: AlignmentKind = AlignmentKind.none
@@ -127,6 +137,10 @@ class TeacherConfig:
             _require(self.self == SelfTeacherConfig(), "teacher.self", self.self, "its default unless kind=self")
         if self.context is not None:
             check_context(self.context)
+        recorded = self.cache is not None
+        _require(
+            recorded == (self.kind is TeacherKind.cache), "teacher.cache", self.cache, "path exactly with kind=cache"
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,6 +290,7 @@ class Config:
     save_every: int = 0  # 0: no checkpoints, only the final export
     resume: ResumePolicy = ResumePolicy.never
     runs_dir: str = "runs"
+    record_scores: bool = False  # write all groups to train on and their scores to the run dir, for teacher=cache
     student: StudentConfig
     teacher: TeacherConfig
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)  # by task; empty: `teacher` teaches all

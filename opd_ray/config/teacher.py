@@ -11,6 +11,7 @@ class TeacherKind(StrEnum):
 
     vllm = "vllm"  # engines of this run
     http = "http"  # vLLM servers elsewhere
+    cache = "cache"  # an earlier run, whose responses and scores were recorded
     self = "self"  # engines of this run on the student's own weights: on-policy self-distillation
 
 
@@ -76,6 +77,14 @@ class HttpTeacherConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("max_attempts", "max_concurrent_requests"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheTeacherConfig:
+    """Responses and scores recorded by an earlier run with record_scores=true: offline distillation."""
+
+    path: str  # that run's scores/ folder
+    verify: bool = True  # read all of it before the start and compare checksums; rows are checked when read in any case
 
 
 def _check_url(key: str, url: str) -> None:

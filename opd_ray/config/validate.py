@@ -6,19 +6,20 @@ from opd_ray.config.objective import (
     BaselineKind,
     ObjectiveConfig,
     ObjectiveKind,
+    RatioKind,
     SignalUse,
     SupportSource,
     TailKind,
 )
 from opd_ray.config.schema import Config, DataKind
-from opd_ray.config.teacher import TeacherKind
+from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of, verifier_name
 
 
 def validate(config: Config) -> None:
     """Raise ValueError for the first rule the configuration breaks."""
-    for rule in (_modes, _data, _self_teachers, _sampling, _objective, _batch, _micro_batch, _devices):
+    for rule in (_modes, _data, _self_teachers, _sampling, _objective, _cache, _batch, _micro_batch, _devices):
         rule(config)
 
 
@@ -171,6 +172,32 @@ def _support(config: Config) -> None:
         objective.support is SupportSource.teacher or limit == -1 or objective.top_k <= limit,
         f"objective.top_k={objective.top_k}: the rollout engine gives at most"
         f" rollout.engine_args.max_logprobs={limit} log-probs a token; raise it or leave it out",
+    )
+
+
+def _cache(config: Config) -> None:
+    """Recorded scores come with recorded responses, so that they teach everything or nothing."""
+    named = {teacher_key(name).removesuffix(".path"): t for name, t in teachers_of(config).by_name.items()}
+    paths = {key: None if teacher.cache is None else teacher.cache.path for key, teacher in named.items()}
+    _require(
+        len(set(paths.values())) == 1,
+        "; ".join(f"{key}.cache.path={path}" for key, path in paths.items())
+        + ": expected the same of all teachers, responses and scores are recorded together",
+    )
+    if set(paths.values()) == {None}:
+        return
+    _require(not config.record_scores, "record_scores=true with kind=cache: these scores are recorded already")
+    for key, teacher in named.items():
+        _require(
+            teacher.alignment is AlignmentKind.none and not teacher.evaluate,
+            f"{key}.kind=cache with alignment={teacher.alignment.value} and evaluate={teacher.evaluate}: expected"
+            " none and false, there is no engine",
+        )
+    objective = config.objective
+    _require(
+        objective.kind is not ObjectiveKind.sampled or objective.ratio is not RatioKind.none,
+        "objective.ratio=none with objective=sampled and kind=cache: recorded responses are another policy's, and the"
+        " policy gradient must weigh them; expected truncated or ppo, or objective=support or full",
     )
 
 

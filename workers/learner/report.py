@@ -9,7 +9,7 @@ import torch
 
 from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
 from opd_ray.objectives import Losses
-from opd_ray.protocol import ScoreSummary
+from opd_ray.protocol import RECORDED_VERSION, ScoreSummary
 from workers.learner.inputs import ScoredSequence
 
 
@@ -42,7 +42,9 @@ class RankReport:
     num_diagnosed: int
     fresh_gap_max: float  # |learner - sampler| log-prob, nats, over sequences of the current version; -1 without any
     stale_gap_max: float  # the same over sequences with older tokens
-    age_sum: float  # versions between sampling and learning, summed over tokens
+    recorded_gap_max: float  # the same over sequences that an earlier run recorded: how far the student is from then
+    age_sum: float  # versions between sampling and learning, summed over tokens that this run sampled
+    num_recorded: int  # tokens that count and that an earlier run recorded
     grad_norm: float  # global, before clipping
     lr: float
     learn_s: float
@@ -63,6 +65,7 @@ class Totals:
     num_sampled: int = 0
     num_diagnosed: int = 0
     age_sum: int = 0
+    num_recorded: int = 0
 
     def add(self, losses: Losses, sequences: Sequence[ScoredSequence]) -> None:
         """Add one micro-batch."""
@@ -83,8 +86,10 @@ class Totals:
         self._add_gaps(learner, mask, sequences)
 
     def _add_gaps(self, learner: torch.Tensor, mask: torch.Tensor, sequences: Sequence[ScoredSequence]) -> None:
-        age = self.version - torch.from_numpy(np.concatenate([s.token_versions for s in sequences]))
-        self.age_sum += int(age[mask].sum())
+        versions = torch.from_numpy(np.concatenate([s.token_versions for s in sequences]))
+        recorded = mask & (versions == RECORDED_VERSION)
+        self.num_recorded += int(recorded.sum())
+        self.age_sum += int((self.version - versions)[mask & ~recorded].sum())
         # A sequence that ran across an update keeps its old key-value entries: none of its tokens shows the new
         # weights alone, so the gap counts it by its oldest token.
         oldest = [np.full_like(s.token_versions, s.token_versions.min()) for s in sequences]
@@ -98,6 +103,7 @@ class Totals:
     def report(self, *, denominator: float, grad_norm: float, lr: float, learn_s: float) -> RankReport:
         """Read the sums off the device, once."""
         gaps, ages = torch.cat(self.gaps), torch.cat(self.ages)
+        recorded = ages == self.version - RECORDED_VERSION
         return RankReport(
             loss_sum=float(torch.stack(self.loss).sum()),
             denominator=denominator,
@@ -108,8 +114,10 @@ class Totals:
             diagnostic_sums={name: float(torch.stack(values).sum()) for name, values in self.diagnostics.items()},
             num_diagnosed=self.num_diagnosed,
             fresh_gap_max=_max(gaps[ages <= 0]),
-            stale_gap_max=_max(gaps[ages > 0]),
+            stale_gap_max=_max(gaps[(ages > 0) & ~recorded]),
+            recorded_gap_max=_max(gaps[recorded]),
             age_sum=float(self.age_sum),
+            num_recorded=self.num_recorded,
             grad_norm=grad_norm,
             lr=lr,
             learn_s=learn_s,
@@ -123,7 +131,6 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
         "train/loss": sum(r.loss_sum for r in reports) / max(sum(r.denominator for r in reports), 1.0),
         "train/grad_norm": reports[0].grad_norm,
         "train/lr": reports[0].lr,
-        "train/token_age_mean": sum(r.age_sum for r in reports) / num_tokens,
         "train/kept_token_fraction": sum(r.num_tokens for r in reports) / sum(r.num_sampled for r in reports),
         f"distill/{estimate}": sum(r.divergence_sum for r in reports) / num_tokens,
         "time/learn_s": max(r.learn_s for r in reports),
@@ -142,12 +149,17 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
     if num_diagnosed:
         names = reports[0].diagnostic_sums
         metrics |= {f"distill/{n}": sum(r.diagnostic_sums[n] for r in reports) / num_diagnosed for n in names}
-    fresh, stale = max(r.fresh_gap_max for r in reports), max(r.stale_gap_max for r in reports)
-    if fresh >= 0:
-        metrics["rollout/logprob_gap_max"] = fresh
-    if stale >= 0:
-        metrics["rollout/logprob_gap_stale_max"] = stale
-    return metrics
+    gaps = {
+        "rollout/logprob_gap_max": max(r.fresh_gap_max for r in reports),
+        "rollout/logprob_gap_stale_max": max(r.stale_gap_max for r in reports),
+        "rollout/logprob_gap_recorded_max": max(r.recorded_gap_max for r in reports),
+    }
+    return metrics | _age(reports, num_tokens=num_tokens) | {name: gap for name, gap in gaps.items() if gap >= 0}
+
+
+def _age(reports: Sequence[RankReport], *, num_tokens: int) -> dict[str, float]:
+    num_own = num_tokens - sum(r.num_recorded for r in reports)
+    return {"train/token_age_mean": sum(r.age_sum for r in reports) / num_own} if num_own else {}
 
 
 def teacher_metrics(scored: Sequence[ScoreSummary]) -> dict[str, float]:

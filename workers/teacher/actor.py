@@ -19,6 +19,7 @@ from workers.teacher.aligned import AlignedTeacher, Scorer
 from workers.teacher.ema import EmaTeacher
 from workers.teacher.errors import BadScore
 from workers.teacher.http import HttpTeacherWorker
+from workers.teacher.recorded import RecordedTeacher
 from workers.teacher.score_checks import check_score
 from workers.teacher.worker import TeacherWorker
 from workers.weights import WeightManifest
@@ -49,12 +50,16 @@ class TeacherActor:
             "equivalent_ids": equivalent_ids,
         }
         self._vocab_size = vocab_size
+        self._has_own_prompts = config.context is not None
         self._scorer: Scorer
         if config.kind is TeacherKind.http:
             assert config.http is not None
             self._scorer = HttpTeacherWorker(config=config.http, request=request, **common)
         elif follows_student(config):
             self._scorer = EmaTeacher(TeacherWorker(config=config, **common), decay=config.self.ema_decay)
+        elif config.kind is TeacherKind.cache:
+            assert config.cache is not None
+            self._scorer = RecordedTeacher(config.cache)
         else:
             self._scorer = TeacherWorker(config=config, **common)
         if aligned:
@@ -74,7 +79,9 @@ class TeacherActor:
 
         For a group that cannot be scored the summary says why.
         """
-        return await answered(self._scorer, _as_teacher_reads(group), request, vocab_size=self._vocab_size)
+        if self._has_own_prompts:
+            group = _as_teacher_reads(group)
+        return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
 
     async def follow(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
         """Take a published version of the student into the average; return the seconds it took."""

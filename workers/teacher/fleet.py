@@ -27,15 +27,21 @@ from workers.teacher.http import check_request, offered
 
 
 def check_teachers(config: Config, teachers: Iterable[TeacherConfig]) -> None:
-    """Raise ValueError when a teacher cannot say what training and evaluation ask of it."""
+    """Raise ValueError when a teacher cannot say what training and evaluation ask of it.
+
+    A recording is not looked into here.
+    """
     for teacher in teachers:
+        if teacher.kind is TeacherKind.cache:
+            continue
         if teacher.alignment is AlignmentKind.bytes and config.objective.equivalent_tokens:
             raise ValueError(
                 f"objective.equivalent_tokens with {teacher.path}: a teacher with another tokenizer does not know these"
                 " tokens; map them by teacher.token_map"
             )
         for request in (score_request(config.objective), held_out_request(config)):
-            _check_request(teacher, request, temperature=config.rollout.temperature)
+            if request is not None:
+                _check_request(teacher, request, temperature=config.rollout.temperature)
 
 
 def _check_request(teacher: TeacherConfig, request: ScoreRequest, *, temperature: float) -> None:

@@ -1,0 +1,100 @@
+"""Puts a run's loop together from its configuration, its fleets and what it uses besides them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.exceptions import RayError
+
+import workers
+from opd_ray.config.schema import Config
+from opd_ray.controller import Fleets, Loop
+from opd_ray.data.prompts import PromptSets, TaskPrompts
+from opd_ray.evaluation import FleetEvaluator, HeldOut
+from opd_ray.protocol import CannotGoOn
+from opd_ray.requests import held_out_request, held_out_samples, score_request, training_samples
+from opd_ray.routing import recorded_scores, task_config
+from opd_ray.schedule import Schedule, derive_seed
+from opd_ray.scores import RecordedPrompts
+from opd_ray.screen import TeacherScreen
+from opd_ray.services import PromptSource, Quarantine, Tracker
+from opd_ray.state import DiskCheckpoints
+
+_HELD_OUT_SEED_STREAM = 3
+
+
+def held_out(config: Config, prompts: PromptSets) -> HeldOut:
+    """Return the held-out prompts and how they are answered."""
+    return HeldOut(
+        prompts=prompts.held_out,
+        sampling={task: held_out_samples(config, task) for task in prompts.tasks},
+        seed=derive_seed(config.seed, _HELD_OUT_SEED_STREAM),
+    )
+
+
+def build_loop(  # noqa: PLR0913 - everything a run is made of
+    config: Config,
+    *,
+    fleets: Fleets,
+    training: workers.Training,
+    prompts: PromptSets,
+    checkpoints: DiskCheckpoints,
+    tracker: Tracker,
+    quarantine: Quarantine,
+) -> Loop:
+    """Return the loop. fleets: those that evaluate; training: the same, recorded, or a recording in their place."""
+    source = _prompt_source(config, prompts)
+    sampling = {task: training_samples(config, task) for task in prompts.tasks}
+    asked = score_request(config.objective)
+    return Loop(
+        schedule=Schedule(
+            num_steps=config.num_steps,
+            max_staleness=config.max_staleness,
+            eval_every=config.eval_every,
+            save_every=config.save_every,
+        ),
+        sampling=sampling,
+        asked=asked,
+        seed=config.seed,
+        fleets=training.fleets,
+        prompts=source,
+        screen=TeacherScreen(
+            fleets=training.fleets,
+            prompts=source,
+            sampling=sampling,
+            asked=asked,
+            seed=config.seed,
+            max_bad_fraction=config.batch.max_bad_fraction,
+            quarantine=quarantine,
+            on_whole=training.on_whole,
+        ),
+        evaluator=FleetEvaluator(
+            held_out=held_out(config, prompts), fleets=fleets, asked=held_out_request(config), quarantine=quarantine
+        ),
+        checkpoints=checkpoints,
+        tracker=tracker,
+    )
+
+
+@contextmanager
+def saved_when_stopped(checkpoints: DiskCheckpoints, fleets: Fleets) -> Iterator[None]:
+    """Write a checkpoint of the last update when no further one is possible, and add to the cause that it is there."""
+    try:
+        yield
+    except CannotGoOn as cause:
+        try:
+            words = checkpoints.save_last(fleets.learner, fleets.teacher)
+        except (RayError, OSError) as fault:
+            words = f"no checkpoint could be written: {fault}"
+        raise CannotGoOn(f"{cause}; {words}") from None
+
+
+def _prompt_source(config: Config, prompts: PromptSets) -> PromptSource:
+    if recorded_scores(config) is not None:
+        return RecordedPrompts(prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed)
+    return TaskPrompts(
+        prompts.train,
+        num_prompts=config.batch.num_prompts,
+        shares={task: task_config(config, task).share for task in prompts.tasks},
+        mode=config.batch.mode,
+        seed=config.seed,
+    )

@@ -26,6 +26,7 @@ def check(*overrides: str) -> None:
         [*HTTP, "objective=support", "objective.tail=bucket"],
         ["teacher.alignment=bytes", "objective=sampled", "objective.discount=0.5"],
         [*HTTP, "teacher.alignment=bytes", "objective=sampled"],
+        ["teacher=cache", "teacher.path=teacher", "teacher.cache.path=no/such", "teacher.build=null"],  # read later
     ],
 )
 def test_a_teacher_that_can_say_what_is_asked_passes(overrides: list[str]):

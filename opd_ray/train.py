@@ -86,7 +86,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 )
                 DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
             with (
-                _training_fleets(config, fleets, step=step, console=console) as training,
+                _training_fleets(config, fleets, console=console) as training,
                 console.progress_phase("train", num_steps=config.num_steps, done=step) as line,
             ):
                 tracker = RunTracker(
@@ -173,9 +173,7 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
     return mean_reward("teacher_accuracy", summaries)
 
 
-def _training_fleets(
-    config: Config, fleets: Fleets, *, step: int, console: RunConsole
-) -> AbstractContextManager[Fleets]:
+def _training_fleets(config: Config, fleets: Fleets, *, console: RunConsole) -> AbstractContextManager[Fleets]:
     """Return what the loop trains with; when scores can be recorded no longer, that is told and the run goes on."""
     run_dir = RunDir.of(config)
 
@@ -184,7 +182,7 @@ def _training_fleets(
         record_event(run_dir, kind="recording_ended", message=message)
         console.say(f"warning: recording ended: {message}")
 
-    return workers.training_fleets(config, fleets, folder=run_dir.scores, step=step, log_dir=run_dir.logs, on_fault=say)
+    return workers.training_fleets(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
 
 
 def _loop(

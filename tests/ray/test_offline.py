@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,14 +27,14 @@ from opd_ray.doctor import examine
 from opd_ray.preflight import Status
 from opd_ray.protocol import (
     RECORDED_VERSION,
+    Batch,
     GroupHandle,
     GroupSummary,
+    Learner,
     Metrics,
     SampledScore,
     ScoreHandle,
-    ScoreRequest,
     ScoreSummary,
-    TeacherFleet,
     TrajectoryGroup,
 )
 from opd_ray.replay import prepare_recording
@@ -140,21 +140,30 @@ def _handle(group: TrajectoryGroup) -> GroupHandle:
     return GroupHandle(task=group.task, summary=ray.put(summary), group=ray.put(group))
 
 
+class _Learner:
+    """Learns nothing."""
+
+    num_updates = 0
+
+    def update(self, batch: Batch) -> Metrics:  # noqa: ARG002
+        self.num_updates += 1
+        return {"train/loss": 0.5}
+
+
 @contextmanager
-def _recorded(config: Config, teacher: TeacherFleet, *, tmp_path: Path, faults: list[str]) -> Iterator[TeacherFleet]:
-    """Yield the teacher as the loop sees it in a run that records."""
+def _recorded(config: Config, learner: Any, *, tmp_path: Path, faults: list[str]) -> Iterator[Learner]:
+    """Yield the learner as the loop sees it in a run that records."""
     models = inspect_models(student_path=config.student.path, teachers={"teacher.path": config.teacher})
     prepare_recording(config, tmp_path / "scores", models=models, ids=ObjectiveIds(masked=(), equivalent=()), step=0)
     nobody: Any = None
     with training_fleets(
         config,
-        Fleets(rollout=nobody, teacher=teacher, learner=nobody),
+        Fleets(rollout=nobody, teacher=nobody, learner=learner),
         folder=tmp_path / "scores",
-        step=0,
         log_dir=tmp_path / "logs",
         on_fault=faults.append,
     ) as fleets:
-        yield fleets.teacher
+        yield fleets.learner
 
 
 @pytest.mark.parametrize("objective", ["objective=support", "objective=full"])
@@ -167,11 +176,13 @@ def test_a_recorded_score_is_served_as_the_teacher_gave_it_bit_for_bit(
         workers.connected(config),
         workers.teacher_scorer(
             config, config.teacher, log_dir=tmp_path / "logs", role="teacher", vocab_size=32, temperature=1.0
-        ) as live,
-        _recorded(config, live, tmp_path=tmp_path, faults=faults) as teacher,
+        ) as teacher,
+        _recorded(config, _Learner(), tmp_path=tmp_path, faults=faults) as learner,
     ):
-        given = ray.get([handle.score for handle in teacher.score([_handle(group) for group in _GROUPS], asked)])
-        given = pickle.loads(pickle.dumps(given))  # noqa: S301 - our own arrays, which must outlive the object store
+        handles = [_handle(group) for group in _GROUPS]
+        scores = teacher.score(handles, asked)
+        assert learner.update(Batch(step=0, groups=handles, scores=scores)) == {"train/loss": 0.5}
+        given = pickle.loads(pickle.dumps(ray.get([s.score for s in scores])))  # noqa: S301 - outlives the object store
     assert faults == []
     recorded = RecordedTeacher(CacheTeacherConfig(path=str(tmp_path / "scores")))
     for group, live_score in zip(_GROUPS, given, strict=True):
@@ -187,28 +198,19 @@ def test_a_recorded_score_is_served_as_the_teacher_gave_it_bit_for_bit(
         asyncio.run(recorded.score(make_group([1, 2, 3], [4, 6], [6, 7, 8, 9]), asked))
 
 
-class _Known:
-    """A teacher that says the same of every group, at once."""
-
-    def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:  # noqa: ARG002
-        score = SampledScore(logprobs_N=np.zeros(3, dtype=np.float32))
-        summary = ScoreSummary(num_tokens=3, num_bytes=12, dropped_mass_sum=0.0, score_s=0.0)
-        return [ScoreHandle(teacher="teacher", summary=ray.put(summary), score=ray.put(score)) for _ in groups]
-
-
 def test_a_folder_that_can_be_written_no_longer_ends_the_recording_and_not_the_run(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     config = compose_config(overrides("objective=sampled", "record_scores=true"))
-    asked, faults = score_request(config.objective), list[str]()
-    with workers.connected(config), _recorded(config, _Known(), tmp_path=tmp_path, faults=faults) as teacher:
-        group = make_group([3], [1], [2, 2])
+    faults, trained = list[str](), _Learner()
+    with workers.connected(config), _recorded(config, trained, tmp_path=tmp_path, faults=faults) as learner:
+        score = ray.put(SampledScore(logprobs_N=np.zeros(3, dtype=np.float32)))
+        summary = ray.put(ScoreSummary(num_tokens=3, num_bytes=12, dropped_mass_sum=0.0, score_s=0.0))
+        handle = ScoreHandle(teacher="teacher", summary=summary, score=score)
         for step in range(8):
             if step == 4:
-                ray.get(teacher.recorder.write.remote(99, []))  # all before is written
                 shutil.rmtree(tmp_path / "scores")
-            (handle,) = teacher.score([_handle(group)], asked)
-            assert len(ray.get(handle.score).logprobs_N) == 3
+            learner.update(Batch(step=step, groups=[_handle(_GROUPS[1])], scores=[handle]))
+    assert trained.num_updates == 8
     assert len(faults) == 1
-    assert "update 4" in faults[0]
     assert "No such file" in faults[0]

@@ -17,7 +17,7 @@ from opd_ray.scores import Recording, check_offered
 from opd_ray.scores.messages import digest
 from workers.fleet import kill, spawn_here
 from workers.output_head import load_head
-from workers.scores.recorder import Recorder, RecordingTeachers
+from workers.scores.recorder import Recorder, RecordingLearner
 from workers.scores.replay import GroupReader, ReplayRollout
 
 
@@ -27,7 +27,6 @@ def training_fleets(
     fleets: Fleets,
     *,
     folder: Path,
-    step: int,
     log_dir: Path,
     on_fault: Callable[[str], None],
 ) -> Iterator[Fleets]:
@@ -42,13 +41,11 @@ def training_fleets(
             kill(readers)
     elif config.record_scores:
         recorder = spawn_here(Recorder, name="recorder-0", log_dir=log_dir, arguments={"folder": folder})
-        teachers = RecordingTeachers(
-            fleets.teacher, recorder=recorder, step=step, window=config.max_staleness + 1, on_fault=on_fault
-        )
+        learner = RecordingLearner(fleets.learner, recorder=recorder, on_fault=on_fault)
         try:
-            yield replace(fleets, teacher=teachers)
-            teachers.finish()
+            yield replace(fleets, learner=learner)
         finally:
+            learner.finish()
             kill([recorder])
     else:
         yield fleets

@@ -8,11 +8,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from opd_ray.protocol import GroupHandle, ScoreHandle, ScoreRequest, TeacherFleet
+from opd_ray.protocol import Batch, Learner, Metrics, WeightBundle
 from opd_ray.scores.files import write_update
 from opd_ray.scores.messages import Scored
 
-_MAX_UPDATES_BEHIND = 2  # finished updates that wait for the disk; their arrays stay in the object store until then
+_MAX_UPDATES_BEHIND = 2  # updates that wait for the disk; their arrays stay in the object store until then
+_MAX_WAIT_S = 600.0  # for one update's files
 _PARTS = 4  # references a group
 
 
@@ -34,31 +35,46 @@ class Recorder:
         return self._fault
 
 
-class RecordingTeachers:
-    """`TeacherFleet` that has every score recorded. A fault ends the recording and is told once; the run goes on."""
+class RecordingLearner:
+    """`Learner` whose every batch is recorded. A fault ends the recording and is told once; training goes on."""
 
-    def __init__(
-        self, teachers: TeacherFleet, *, recorder: Any, step: int, window: int, on_fault: Callable[[str], None]
-    ) -> None:
-        """Step is the first update; window is how many may be unfinished at once."""
-        self._teachers = teachers
+    def __init__(self, learner: Learner, *, recorder: Any, on_fault: Callable[[str], None]) -> None:
+        self._learner = learner
         self._recorder = recorder
-        self._step = step
-        self._max_pending = window + _MAX_UPDATES_BEHIND
         self._on_fault = on_fault
         self._pending = deque[Any]()
         self._stopped = False
 
-    def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
-        """Dispatch an update's scoring and its recording; waits only when the disk is updates behind."""
-        scores = self._teachers.score(groups, request)
+    def update(self, batch: Batch) -> Metrics:
+        """Have the batch written, and take the update meanwhile; waits only when the disk is updates behind."""
         if not self._stopped:
-            pairs = zip(groups, scores, strict=True)
+            pairs = zip(batch.groups, batch.scores, strict=True)
             parts = [ref for g, s in pairs for ref in (g.summary, g.group, s.summary, s.score)]
-            self._pending.append(self._recorder.write.remote(self._step, [s.teacher for s in scores], *parts))
-            self._step += 1
-            self._settle(self._max_pending)
-        return scores
+            teachers = [score.teacher for score in batch.scores]
+            self._pending.append(self._recorder.write.remote(batch.step, teachers, *parts))
+            self._settle(_MAX_UPDATES_BEHIND)
+        return self._learner.update(batch)
+
+    def publish(self, version: int) -> WeightBundle:
+        """Put the current weights into the object store under a version."""
+        return self._learner.publish(version)
+
+    def held_out_kl(self, batch: Batch) -> float:
+        """KL(student || teacher); evaluation is not recorded."""
+        return self._learner.held_out_kl(batch)
+
+    def save(self, folder: str) -> None:
+        """Write a checkpoint, after the files of the updates it holds."""
+        self.finish()
+        self._learner.save(folder)
+
+    def restore(self, folder: str) -> None:
+        """Load a checkpoint."""
+        self._learner.restore(folder)
+
+    def export(self, folder: str) -> None:
+        """Write the student."""
+        self._learner.export(folder)
 
     def finish(self) -> None:
         """Wait for the last update's files."""
@@ -67,8 +83,8 @@ class RecordingTeachers:
     def _settle(self, max_pending: int) -> None:
         while len(self._pending) > max_pending:
             try:
-                fault = ray.get(self._pending.popleft())
-            except RayError as error:  # the recorder died, or a group never came
+                fault = ray.get(self._pending.popleft(), timeout=_MAX_WAIT_S)
+            except RayError as error:  # the recorder died, or the disk hangs
                 fault = str(error).strip().splitlines()[-1]
             if fault:
                 self._stopped = True

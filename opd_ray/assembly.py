@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 from ray.exceptions import RayError
 
-import workers
 from opd_ray.config.schema import Config
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.prompts import PromptSets, TaskPrompts
@@ -35,7 +34,7 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
     config: Config,
     *,
     fleets: Fleets,
-    training: workers.Training,
+    training: Fleets,
     prompts: PromptSets,
     checkpoints: DiskCheckpoints,
     tracker: Tracker,
@@ -55,17 +54,16 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
         sampling=sampling,
         asked=asked,
         seed=config.seed,
-        fleets=training.fleets,
+        fleets=training,
         prompts=source,
         screen=TeacherScreen(
-            fleets=training.fleets,
+            fleets=training,
             prompts=source,
             sampling=sampling,
             asked=asked,
             seed=config.seed,
             max_bad_fraction=config.batch.max_bad_fraction,
             quarantine=quarantine,
-            on_whole=training.on_whole,
         ),
         evaluator=FleetEvaluator(
             held_out=held_out(config, prompts), fleets=fleets, asked=held_out_request(config), quarantine=quarantine

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opd_ray.controller import Fleets
@@ -32,7 +32,6 @@ class TeacherScreen:
     seed: int  # of the run
     max_bad_fraction: float
     quarantine: Quarantine
-    on_whole: Callable[[Batch], None]  # sees every batch that is returned
 
     def whole(self, batch: Batch) -> tuple[Batch, Metrics]:
         """Wait for a batch; return it with every bad group replaced by one of another prompt, in its place.
@@ -49,7 +48,6 @@ class TeacherScreen:
             attempt += 1
             batch = self._replaced(batch, list(found), attempt=attempt)
             found = self._bad_groups(batch, list(found), attempt=attempt, waits=waits)
-        self.on_whole(batch)
         return batch, {
             "teacher/bad_groups": float(len(bad)),
             "time/wait_rollout_s": waits.rollout_s,

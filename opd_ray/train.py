@@ -92,7 +92,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 checkpoints.restore(step, fleets.learner, fleets.teacher)
                 stack.enter_context(saved_when_stopped(checkpoints, fleets))
             with (
-                _training(config, fleets, console=console) as training,
+                _training_fleets(config, fleets, console=console) as training,
                 console.progress_phase("train", num_steps=config.num_steps, done=step) as line,
             ):
                 tracker = RunTracker(
@@ -184,7 +184,7 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
     return mean_reward("teacher_accuracy", summaries)
 
 
-def _training(config: Config, fleets: Fleets, *, console: RunConsole) -> AbstractContextManager[workers.Training]:
+def _training_fleets(config: Config, fleets: Fleets, *, console: RunConsole) -> AbstractContextManager[Fleets]:
     """Return what the loop trains with; when scores can be recorded no longer, that is told and the run goes on."""
     run_dir = RunDir.of(config)
 
@@ -193,7 +193,7 @@ def _training(config: Config, fleets: Fleets, *, console: RunConsole) -> Abstrac
         record_event(run_dir, kind="recording_ended", message=message)
         console.say(f"warning: recording ended: {message}")
 
-    return workers.opened_training(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
+    return workers.training_fleets(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from workers.placement import (
     totals,
 )
 from workers.rollout.fleet import RayRolloutFleet
-from workers.scores import Training, check_replay, head_keys, opened_training
+from workers.scores import check_replay, head_keys, training_fleets
 from workers.teacher.fleet import RayTeacherFleet, check_teachers
 from workers.teacher.routed import RoutedTeachers
 
@@ -47,6 +47,7 @@ __all__ = [
     "teacher_sampler",
     "teacher_scorer",
     "totals",
+    "training_fleets",
 ]
 
 

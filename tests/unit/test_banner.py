@@ -43,6 +43,12 @@ def test_the_banner_names_a_teacher_that_is_the_student_and_what_only_it_is_told
     assert "teacher    runs/models/tiny-student, the student itself (frozen)\n" in described("teacher=self")
 
 
+def test_the_banner_names_the_recording_that_teaches():
+    text = described("teacher=cache", "teacher.path=big", "teacher.cache.path=runs/demo/scores", "teacher.build=null")
+    assert "scores     recorded in runs/demo/scores: 1,200 groups, which replace the training prompts\n" in text
+    assert "recorded in" not in described()
+
+
 def test_the_banner_counts_dropped_prompts_and_says_when_a_run_is_resumed():
     text = described(num_dropped=17, step=50)
     assert "8 held out, 17 dropped" in text

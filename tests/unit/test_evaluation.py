@@ -28,6 +28,14 @@ def test_accuracies_are_left_out_where_prompts_have_no_answers():
     assert set(metrics) == {"eval/reverse_kl", "eval/bad_groups", "time/eval_s"}
 
 
+def test_the_kl_is_left_out_where_there_is_no_teacher_to_ask():
+    events: list[Event] = []
+    fleets = fake_fleets(events, rewards=[1.0, 0.0])
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=None).evaluate(2)
+    assert set(metrics) == {"eval/accuracy", "eval/accuracy_avg", "time/eval_s"}
+    assert [event[0] for event in events] == ["generate", "generate"]
+
+
 def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_learned():
     events: list[Event] = []
     fleets = fake_fleets(events)

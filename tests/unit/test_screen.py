@@ -23,9 +23,7 @@ def bad(*indices: int) -> Fault:
     return lambda index, _: f"NaN at {index}" if index in indices else ""
 
 
-def screen_of(
-    fault: Fault, *, fraction: float = 1.0, seed: int = 5, seen: list[Batch] | None = None
-) -> tuple[TeacherScreen, Fleets, FakeQuarantine]:
+def screen_of(fault: Fault, *, fraction: float = 1.0, seed: int = 5) -> tuple[TeacherScreen, Fleets, FakeQuarantine]:
     fleets, quarantine = fake_fleets([]), FakeQuarantine()
     fleets.teacher.fault = fault
     screen = TeacherScreen(
@@ -36,7 +34,6 @@ def screen_of(
         seed=seed,
         max_bad_fraction=fraction,
         quarantine=quarantine,
-        on_whole=[].append if seen is None else seen.append,
     )
     return screen, fleets, quarantine
 
@@ -147,10 +144,3 @@ def test_a_teacher_that_can_score_nothing_ends_the_run_with_cause_count_and_plac
     assert "the first: NaN everywhere" in words
     assert quarantine.where in words
     assert len(quarantine.groups) == 6
-
-
-def test_a_batch_is_shown_once_and_only_when_it_is_whole():
-    seen = list[Batch]()
-    screen, _, _ = screen_of(bad(FIRST + 1), seen=seen)
-    batch, _ = screen.whole(dispatch(screen))
-    assert seen == [batch]

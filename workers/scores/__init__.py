@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,53 +10,45 @@ import torch
 
 from opd_ray.config.schema import Config
 from opd_ray.controller import Fleets
-from opd_ray.protocol import Batch, Payload
+from opd_ray.protocol import Payload
 from opd_ray.requests import score_request
 from opd_ray.routing import recorded_scores, teacher_key, teachers_of
 from opd_ray.scores import Recording, check_offered
 from opd_ray.scores.messages import digest
 from workers.fleet import kill, spawn_here
 from workers.output_head import load_head
-from workers.scores.recorder import BatchRecorder, Recorder
+from workers.scores.recorder import Recorder, RecordingLearner
 from workers.scores.replay import GroupReader, ReplayRollout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """What the loop trains with."""
-
-    fleets: Fleets
-    on_whole: Callable[[Batch], None]  # sees every batch once it has all its scores
-
-
 @contextmanager
-def opened_training(
-    config: Config, fleets: Fleets, *, folder: Path, log_dir: Path, on_fault: Callable[[str], None]
-) -> Iterator[Training]:
-    """Yield the fleets themselves, their batches recorded to a prepared folder, or a recording in the place of new
-    samples."""
+def training_fleets(
+    config: Config,
+    fleets: Fleets,
+    *,
+    folder: Path,
+    log_dir: Path,
+    on_fault: Callable[[str], None],
+) -> Iterator[Fleets]:
+    """Yield what the loop trains with: the fleets themselves, recorded to a prepared folder, or a recording in their
+    place."""
     source = recorded_scores(config)
     if source is not None:
         (reader,) = readers = [spawn_here(GroupReader, name="replay-0", log_dir=log_dir, arguments={"folder": source})]
         try:
-            replay = ReplayRollout(fleets.rollout, reader=reader)
-            yield Training(fleets=replace(fleets, rollout=replay), on_whole=_ignore)
+            yield replace(fleets, rollout=ReplayRollout(fleets.rollout, reader=reader))
         finally:
             kill(readers)
     elif config.record_scores:
         recorder = spawn_here(Recorder, name="recorder-0", log_dir=log_dir, arguments={"folder": folder})
-        batches = BatchRecorder(recorder=recorder, on_fault=on_fault)
+        learner = RecordingLearner(fleets.learner, recorder=recorder, on_fault=on_fault)
         try:
-            yield Training(fleets=fleets, on_whole=batches.record)
-            batches.finish()
+            yield replace(fleets, learner=learner)
         finally:
+            learner.finish()
             kill([recorder])
     else:
-        yield Training(fleets=fleets, on_whole=_ignore)
-
-
-def _ignore(batch: Batch) -> None:
-    pass
+        yield fleets
 
 
 def head_keys(config: Config, *, vocab_size: int) -> dict[str, str]:

@@ -8,11 +8,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from opd_ray.protocol import Batch
+from opd_ray.protocol import Batch, Learner, Metrics, WeightBundle
 from opd_ray.scores.files import write_update
 from opd_ray.scores.messages import Scored
 
-_MAX_UPDATES_BEHIND = 2  # finished updates that wait for the disk; their arrays stay in the object store until then
+_MAX_UPDATES_BEHIND = 2  # updates that wait for the disk; their arrays stay in the object store until then
+_MAX_WAIT_S = 600.0  # for one update's files
 _PARTS = 4  # references a group
 
 
@@ -34,22 +35,51 @@ class Recorder:
         return self._fault
 
 
-class BatchRecorder:
-    """Has every whole batch recorded. A fault ends the recording and is told once; the run goes on."""
+class RecordingLearner:
+    """`Learner` whose every batch is recorded. A fault ends the recording and is told once; training goes on."""
 
-    def __init__(self, *, recorder: Any, on_fault: Callable[[str], None]) -> None:
+    def __init__(self, learner: Learner, *, recorder: Any, on_fault: Callable[[str], None]) -> None:
+        self._learner = learner
         self._recorder = recorder
         self._on_fault = on_fault
         self._pending = deque[Any]()
         self._stopped = False
 
-    def record(self, batch: Batch) -> None:
-        """Dispatch the recording of a batch that has all its scores; waits only when the disk is updates behind."""
+    @property
+    def version(self) -> int:
+        """Return the version last published."""
+        return self._learner.version
+
+    def update(self, batch: Batch) -> Metrics:
+        """Have the batch written, and take the update meanwhile; waits only when the disk is updates behind."""
         if not self._stopped:
             pairs = zip(batch.groups, batch.scores, strict=True)
             parts = [ref for g, s in pairs for ref in (g.summary, g.group, s.summary, s.score)]
-            self._pending.append(self._recorder.write.remote(batch.step, [s.teacher for s in batch.scores], *parts))
+            teachers = [score.teacher for score in batch.scores]
+            self._pending.append(self._recorder.write.remote(batch.step, teachers, *parts))
             self._settle(_MAX_UPDATES_BEHIND)
+        return self._learner.update(batch)
+
+    def publish(self, version: int) -> WeightBundle:
+        """Put the current weights into the object store under a version."""
+        return self._learner.publish(version)
+
+    def held_out_kl(self, batch: Batch) -> float:
+        """KL(student || teacher); evaluation is not recorded."""
+        return self._learner.held_out_kl(batch)
+
+    def save(self, folder: str) -> None:
+        """Write a checkpoint, after the files of the updates it holds."""
+        self.finish()
+        self._learner.save(folder)
+
+    def restore(self, folder: str) -> None:
+        """Load a checkpoint."""
+        self._learner.restore(folder)
+
+    def export(self, folder: str) -> None:
+        """Write the student."""
+        self._learner.export(folder)
 
     def finish(self) -> None:
         """Wait for the last update's files."""
@@ -58,8 +88,8 @@ class BatchRecorder:
     def _settle(self, max_pending: int) -> None:
         while len(self._pending) > max_pending:
             try:
-                fault = ray.get(self._pending.popleft())
-            except RayError as error:  # the recorder died, or a group never came
+                fault = ray.get(self._pending.popleft(), timeout=_MAX_WAIT_S)
+            except RayError as error:  # the recorder died, or the disk hangs
                 fault = str(error).strip().splitlines()[-1]
             if fault:
                 self._stopped = True

@@ -71,13 +71,16 @@ def test_every_experiment_composes_and_holds_together(experiment: str):
     assert isinstance(compose_config(f"experiment={experiment}", "data.path=prompts"), Config)
 
 
+NEEDED = {
+    ("teacher", "http"): ['teacher.http.urls=["http://127.0.0.1:9"]'],
+    ("teacher", "cache"): ["teacher.cache.path=scores"],
+    ("teacher", "self"): ["teacher.path=student"],
+}
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_of_every_group_composes(group: str, choice: str):
-    more = {
-        ("teacher", "http"): ['teacher.http.urls=["http://127.0.0.1:9"]'],
-        ("teacher", "self"): ["teacher.path=student"],
-    }
-    config = compose_config(*MANDATORY, f"{group}={choice}", "data.path=prompts", *more.get((group, choice), []))
+    config = compose_config(*MANDATORY, f"{group}={choice}", "data.path=prompts", *NEEDED.get((group, choice), []))
     assert isinstance(config, Config)
 
 

@@ -7,7 +7,7 @@ from groups import make_group
 
 from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
 from opd_ray.objectives import Losses
-from opd_ray.protocol import SampledScore, ScoreSummary
+from opd_ray.protocol import RECORDED_VERSION, SampledScore, ScoreSummary
 from workers.learner.inputs import ScoredSequence, split_groups
 from workers.learner.objective import sampled_tokens
 from workers.learner.report import RankReport, Totals, combine, estimate_name, teacher_metrics
@@ -23,7 +23,9 @@ REPORT = RankReport(
     num_diagnosed=0,
     fresh_gap_max=0.01,
     stale_gap_max=-1.0,
+    recorded_gap_max=-1.0,
     age_sum=0.0,
+    num_recorded=0,
     grad_norm=0.5,
     lr=1e-3,
     learn_s=2.0,
@@ -269,3 +271,22 @@ def test_what_the_teacher_sent_and_dropped_is_a_mean_over_tokens():
     unknown = [replace(summary, dropped_mass_sum=float("nan")) for summary in summaries]
     assert teacher_metrics([unknown[0], summaries[1]])["teacher/dropped_mass"] == 0.5
     assert teacher_metrics(unknown).keys() == {"teacher/bytes_per_token", "teacher/score_s_mean"}
+
+
+def test_tokens_that_an_earlier_run_recorded_have_no_age_and_a_gap_of_their_own():
+    group = replace(make_group([1], [5, 5], masked=(1,)), token_versions=np.full(2, RECORDED_VERSION, dtype=np.int32))
+    score = SampledScore(logprobs_N=np.zeros(2, dtype=np.float32))
+    recorded = split_groups([group], [score], sampled_tokens([group], [score]), teachers=["teacher"])
+    totals = Totals(version=3)
+    totals.add(losses([1.0, 1.0], [1.0, 1.0], [-0.5, -9.0]), recorded)
+    report = report_of(totals)
+    assert (report.recorded_gap_max, report.fresh_gap_max, report.stale_gap_max) == (0.5, -1.0, -1.0)
+    assert (report.num_recorded, report.age_sum) == (1, 0.0)
+    metrics = combine([report], estimate="reverse_kl_sampled")
+    assert metrics["rollout/logprob_gap_recorded_max"] == 0.5
+    assert not {"train/token_age_mean", "rollout/logprob_gap_max", "rollout/logprob_gap_stale_max"} & metrics.keys()
+
+    totals.add(losses([1.0, 1.0], [1.0, 1.0], [0.0, -0.2]), sequences(2))  # of versions 0 and 1
+    mixed = combine([report_of(totals)], estimate="reverse_kl_sampled")
+    assert mixed["train/token_age_mean"] == (3 + 2) / 2
+    assert mixed["rollout/logprob_gap_stale_max"] == pytest.approx(0.1)

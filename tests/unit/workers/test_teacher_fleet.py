@@ -30,6 +30,7 @@ def check(*overrides: str) -> None:
         ["teacher=self", "objective=full"],
         [*EMA, "objective=sampled"],
         [*EMA, "objective=support", "objective.support=union", "rollout.temperature=0.5"],
+        ["teacher=cache", "teacher.path=teacher", "teacher.cache.path=no/such", "teacher.build=null"],  # read later
     ],
 )
 def test_a_teacher_that_can_say_what_is_asked_passes(overrides: list[str]):

@@ -86,7 +86,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 )
                 checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
                 checkpoints.restore(step, fleets.learner)
-                stack.enter_context(_saved_when_stopped(checkpoints, fleets.learner))
+                stack.enter_context(saved_when_stopped(checkpoints, fleets.learner))
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
@@ -176,7 +176,7 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
 
 
 @contextmanager
-def _saved_when_stopped(checkpoints: DiskCheckpoints, learner: Learner) -> Iterator[None]:
+def saved_when_stopped(checkpoints: DiskCheckpoints, learner: Learner) -> Iterator[None]:
     """Write a checkpoint of the last update when no further one is possible, and add to the cause that it is there."""
     try:
         yield

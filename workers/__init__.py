@@ -34,7 +34,6 @@ from workers.teacher.fleet import RayTeacherFleet, check_teachers
 from workers.teacher.routed import RoutedTeachers
 
 __all__ = [
-    "Training",
     "capacity",
     "check_replay",
     "check_teachers",
@@ -42,7 +41,6 @@ __all__ = [
     "head_keys",
     "is_local",
     "open_fleets",
-    "opened_training",
     "pools",
     "teacher_sampler",
     "teacher_scorer",

@@ -6,20 +6,17 @@ from dataclasses import dataclass
 
 from opd_ray.protocol import (
     Batch,
-    Checkpoints,
-    Evaluator,
     GenerateRequest,
     Learner,
     Metrics,
-    PromptSource,
     RolloutFleet,
     SamplingOptions,
     ScoreRequest,
     TeacherFleet,
-    Tracker,
     WeightBundle,
 )
 from opd_ray.schedule import Schedule, derive_seed
+from opd_ray.services import Checkpoints, Evaluator, PromptSource, Tracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

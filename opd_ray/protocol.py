@@ -1,4 +1,4 @@
-"""What the parts say to each other: messages between actors, and the Protocols the loop is written against.
+"""What the parts say to each other: messages between actors, and the Protocols of the fleets.
 
 Array suffixes: P prompt tokens, N flat response tokens of a group, G samples of a group, K support size, H pages of
 65,536 ids beyond the first, D hidden size.
@@ -218,18 +218,6 @@ class WeightBundle:
     buffer: Ref  # -> uint8 array, all tensors end to end
 
 
-class Lasting(Protocol):
-    """What has a state that outlives the run."""
-
-    def save(self, folder: str) -> None:
-        """Write it into a checkpoint's folder."""
-        ...
-
-    def restore(self, folder: str) -> None:
-        """Load what `save` has written."""
-        ...
-
-
 class RolloutFleet(Protocol):
     """The pool of workers that sample from the student."""
 
@@ -291,36 +279,4 @@ class Learner(Protocol):
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (safetensors and tokenizer)."""
-        ...
-
-
-class Tracker(Protocol):
-    """Where a run's numbers go."""
-
-    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
-        """Record the metrics of an update, and its samples."""
-        ...
-
-
-class PromptSource(Protocol):
-    """Training prompts; the batch of a step is a function of the step alone, so resuming needs no cursor."""
-
-    def batch(self, step: int) -> Sequence[Prompt]:
-        """Return the prompts of update `step`."""
-        ...
-
-
-class Evaluator(Protocol):
-    """Measures the student on held-out prompts."""
-
-    def evaluate(self, version: int) -> Metrics:
-        """Return `eval/*` metrics of the student at a version."""
-        ...
-
-
-class Checkpoints(Protocol):
-    """Owns the run's resumable states."""
-
-    def save(self, step: int, *parts: Lasting) -> None:
-        """Write the state after update `step`."""
         ...

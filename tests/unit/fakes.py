@@ -12,13 +12,13 @@ from opd_ray.protocol import (
     GenerateRequest,
     GroupHandle,
     GroupSummary,
-    Lasting,
     Metrics,
     Prompt,
     ScoreHandle,
     ScoreRequest,
     WeightBundle,
 )
+from opd_ray.services import Lasting
 
 Event = tuple[object, ...]
 PROMPTS_PER_STEP = 3  # prompt i of step s has the index s * PROMPTS_PER_STEP + i

@@ -1,4 +1,4 @@
-"""What the parts say to each other: messages between actors, and the Protocols the loop is written against.
+"""What the parts say to each other: messages between actors, and the Protocols of the fleets.
 
 Array suffixes: P prompt tokens, N flat response tokens of a group, G samples of a group, K support size, H pages of
 65,536 ids beyond the first, D hidden size.
@@ -222,18 +222,6 @@ class WeightBundle:
     version: int
     manifest: Ref  # -> WeightManifest (see workers.weights)
     buffer: Ref  # -> uint8 array, all tensors end to end
-
-
-class Lasting(Protocol):
-    """What has a state that outlives the run."""
-
-    def save(self, folder: str) -> None:
-        """Write it into a checkpoint's folder."""
-        ...
-
-    def restore(self, folder: str) -> None:
-        """Load what `save` has written."""
-        ...
 
 
 class RolloutFleet(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opd_ray.protocol import Batch, GroupSummary, Lasting, Metrics, Prompt
+from opd_ray.protocol import Batch, GroupSummary, Metrics, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,18 @@ class Evaluator(Protocol):
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/*` metrics of the student at a version."""
+        ...
+
+
+class Lasting(Protocol):
+    """What has a state that outlives the run."""
+
+    def save(self, folder: str) -> None:
+        """Write it into a checkpoint's folder."""
+        ...
+
+    def restore(self, folder: str) -> None:
+        """Load what `save` has written."""
         ...
 
 

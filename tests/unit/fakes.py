@@ -12,7 +12,6 @@ from opd_ray.protocol import (
     GenerateRequest,
     GroupHandle,
     GroupSummary,
-    Lasting,
     Metrics,
     Prompt,
     ScoreHandle,
@@ -20,7 +19,7 @@ from opd_ray.protocol import (
     ScoreSummary,
     WeightBundle,
 )
-from opd_ray.services import BadGroup
+from opd_ray.services import BadGroup, Lasting
 
 Event = tuple[object, ...]
 PROMPTS_PER_STEP = 3  # prompt i of step s has the index s * PROMPTS_PER_STEP + i

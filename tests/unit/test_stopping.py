@@ -1,13 +1,14 @@
 """A run that cannot go on is saved, and its last words are the cause and where it can be taken up."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import FakeLearner
+from fakes import FakeLearner, fake_fleets
 
+from opd_ray.assembly import saved_when_stopped
 from opd_ray.protocol import CannotGoOn
 from opd_ray.state import DiskCheckpoints
-from opd_ray.train import saved_when_stopped
 
 
 class FullDisk(FakeLearner):
@@ -16,7 +17,8 @@ class FullDisk(FakeLearner):
 
 
 def stop(folder: Path, learner: FakeLearner, *, error: Exception) -> str:
-    with pytest.raises(type(error)) as caught, saved_when_stopped(DiskCheckpoints(folder=folder), learner):
+    fleets = replace(fake_fleets([]), learner=learner)
+    with pytest.raises(type(error)) as caught, saved_when_stopped(DiskCheckpoints(folder=folder), fleets):
         raise error
     return str(caught.value)
 
@@ -41,6 +43,7 @@ def test_other_errors_pass_and_save_nothing(tmp_path: Path):
 
 def test_a_run_that_ends_well_saves_nothing(tmp_path: Path):
     learner = FakeLearner([], version=3)
-    with saved_when_stopped(DiskCheckpoints(folder=tmp_path), learner):
+    fleets = replace(fake_fleets([]), learner=learner)
+    with saved_when_stopped(DiskCheckpoints(folder=tmp_path), fleets):
         pass
     assert learner.events == []

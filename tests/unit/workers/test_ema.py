@@ -112,7 +112,7 @@ class SlowWorker:
         self.num_scoring -= 1
         num_tokens = len(group.response_ids)
         score = SampledScore(logprobs_N=np.zeros(num_tokens, dtype=np.float32))
-        return ScoreSummary(num_tokens=num_tokens, num_bytes=4 * num_tokens, score_s=0.0), score
+        return ScoreSummary(num_tokens=num_tokens, num_bytes=4 * num_tokens, score_s=0.0, dropped_mass_sum=0.0), score
 
     async def load(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
         assert buffer.nbytes == manifest.num_bytes

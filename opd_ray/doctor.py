@@ -122,7 +122,7 @@ def _models(config: Config) -> tuple[Models | None, list[Finding]]:
 
 def _prompts(config: Config, models: Models) -> tuple[PromptSets | None, list[Finding]]:
     try:
-        objective_ids(config.objective, tokenizer=models.tokenizer)
+        objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
         workers.check_teachers(config, teachers_of(config).by_name.values())
         prompts = load_prompts(config, tokenizer=models.tokenizer)
     except ValueError as refusal:

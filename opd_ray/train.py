@@ -56,7 +56,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
         student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
-    ids = objective_ids(config.objective, tokenizer=models.tokenizer)
+    ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(

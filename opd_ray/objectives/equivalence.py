@@ -21,9 +21,7 @@ class Equivalence:
     classes: tuple[Tensor, ...]  # each [C] int64, C >= 2
 
     @staticmethod
-    def of(
-        ids: Sequence[Sequence[int]], *, device: torch.device, vocab_size: int | None = None
-    ) -> "Equivalence":
+    def of(ids: Sequence[Sequence[int]], *, device: torch.device, vocab_size: int | None = None) -> "Equivalence":
         """Build from lists of ids. Raises ValueError when an id is in two classes, a class has fewer than two, or an id
         has no row among the vocab_size that both models have."""
         flat = [id_ for class_ in ids for id_ in class_]

@@ -63,9 +63,7 @@ def losses(
     if isinstance(signal, HiddenSignal):
         chunk_tokens = max(1, chunk_tokens // 2)
         logits_of = teacher_rows(signal, tokens=tokens, vocab_size=vocab_size, options=options, dtype=dtype)
-        teacher = _from_logits(
-            logits_of, ids_N=ids_N, equivalence=equivalence, kl_baseline=options.policy.kl_baseline
-        )
+        teacher = _from_logits(logits_of, ids_N=ids_N, equivalence=equivalence, kl_baseline=options.policy.kl_baseline)
     else:
         _require_no_baseline(options.policy)
         teacher = _from_logprobs(signal.logprobs_N.detach().to(dtype).masked_fill(~tokens.mask_N, 0))

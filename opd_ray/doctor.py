@@ -162,7 +162,7 @@ def _engines(config: Config, *, models: Models, prompts: PromptSets) -> list[Fin
         log_dir=Path(tempfile.mkdtemp(prefix="opd-ray-doctor-")),
     )
     try:
-        findings = engine_findings(test, prompts=prompts.held_out, reference=student_as_teacher(config))
+        findings = engine_findings(test, prompts=prompts.held_out, twin=student_as_teacher(config))
     except RayError as fault:  # first: a worker's ValueError arrives as both
         words = describe(fault, log_dir=test.log_dir)
         return [error("engines", words, f"the workers' logs lie in {test.log_dir}")]

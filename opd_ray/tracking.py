@@ -36,7 +36,7 @@ class Sink(Protocol):
 class RunTracker:
     """`Tracker` of a run dir; keeps the history of this process for the summary."""
 
-    def __init__(  # noqa: PLR0913 - everywhere a number goes
+    def __init__(
         self,
         run_dir: RunDir,
         *,

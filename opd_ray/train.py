@@ -23,6 +23,7 @@ from opd_ray.controller import Fleets, Loop
 from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import PromptSets, TaskPrompts, load_prompts
 from opd_ray.data.tiny_models import build_tiny_model, is_built
+from opd_ray.engine_checks import EngineTest, teacher_gaps
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
@@ -75,6 +76,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
         console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
         held_out = _held_out(config, prompts)
         measured = _measure_teacher(config, held_out=held_out, console=console)
+        gaps = _measure_engines(config, held_out=held_out, vocab_size=models.vocab_size, console=console)
         with ExitStack() as stack:
             with console.phase("start workers"):
                 fleets = stack.enter_context(
@@ -83,7 +85,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner)
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
                 tracker = RunTracker(
-                    run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
+                    run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line, measured=gaps
                 )
                 _loop(config, fleets=fleets, prompts=prompts, tracker=tracker).run(step)
             with console.phase("export student"):
@@ -163,6 +165,20 @@ def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) 
             ):
                 summaries += greedy_summaries(mine, sampler)
     return mean_reward("teacher_accuracy", summaries)
+
+
+def _measure_engines(config: Config, *, held_out: HeldOut, vocab_size: int, console: RunConsole) -> Metrics:
+    """Compare teachers with their checkpoints where reference_tokens asks for it."""
+    if not any(teacher.reference_tokens for teacher in teachers_of(config).by_name.values()):
+        return {}
+    test = EngineTest(
+        config=config,
+        vocab_size=vocab_size,
+        temperature=config.rollout.temperature,
+        log_dir=RunDir.of(config).logs,
+    )
+    with console.phase("compare teachers with their checkpoints"):
+        return teacher_gaps(test, prompts=held_out.prompts)
 
 
 def _loop(config: Config, *, fleets: Fleets, prompts: PromptSets, tracker: RunTracker) -> Loop:

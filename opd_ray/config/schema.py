@@ -112,10 +112,15 @@ class TeacherConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     evaluate: bool = False  # also measure the teacher's own accuracy before training
+    # on how many response tokens its engine is compared with its checkpoint, read by transformers in float32 on CPUs:
+    # before a run and by the doctor; null: by the doctor alone, on a few, where the weights are small; 0: never
+    reference_tokens: int | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)  # passed to vLLM untouched
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= 1, "teacher.num_workers", self.num_workers, "an integer of at least 1")
+        tokens = self.reference_tokens
+        _require(tokens is None or tokens >= 0, "teacher.reference_tokens", tokens, "an integer of at least 0, or null")
         served = self.http is not None
         _require(served == (self.kind is TeacherKind.http), "teacher.http", self.http, "urls exactly with kind=http")
 

@@ -22,8 +22,8 @@ def losses(
 
     With the reverse KL, sum_v p (log p - log q), the gradient in the student's logits is p (log p - log q - loss): what
     `sampled` at discount 0 has in expectation over y_t, without its noise. divergence_N is the loss itself, exact
-    and >= 0. Stats: `signal`, |log p(y_t) - log q(y_t)|. Both models' logits are divided by the temperature; heads of different sizes are cut to the common
-    range before the softmax.
+    and >= 0. Both models' logits are divided by the temperature; heads of different sizes are cut to the common
+    range before the softmax. Stats: `signal`, |log p(y_t) - log q(y_t)|.
 
     hidden_ND [N,D], head_VD [V,D]; the teacher has its own D and V and gets no gradient; nats. Standard.
     Choose it when the exact signal is worth 2D bytes a token and products with both heads.

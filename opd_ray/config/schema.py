@@ -101,7 +101,7 @@ class StudentConfig:
 class TeacherConfig:
     """The frozen model that scores, and its pool of workers."""
 
-    path: str  # kind=http: of its tokenizer alone
+    path: str  # kind=http: of its tokenizer alone; `teacher` needs none where `teachers` are given
     kind: TeacherKind = TeacherKind.vllm
     http: HttpTeacherConfig | None = None  # kind=http: where it is served
     alignment: AlignmentKind = AlignmentKind.none

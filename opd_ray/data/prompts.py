@@ -48,7 +48,7 @@ class TaskPrompts:
         self._shares = np.array([shares[task] for task in self._tasks])
         counts = dict.fromkeys(self._tasks, num_prompts)
         if mode is BatchMode.mixed:
-            counts = dict(zip(self._tasks, in_shares(num_prompts, self._shares), strict=True))
+            counts = mixed_counts(num_prompts, {task: shares[task] for task in self._tasks})
         self._mode = mode
         self._streams = {
             task: ShuffledPrompts(
@@ -67,6 +67,11 @@ class TaskPrompts:
         before, after = (in_shares(n, self._shares) for n in (step, step + 1))
         index = int(np.argmax(np.subtract(after, before)))
         return self._streams[self._tasks[index]].batch(before[index])
+
+
+def mixed_counts(num_prompts: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Return how many prompts of an update are of each task."""
+    return dict(zip(shares, in_shares(num_prompts, np.array(list(shares.values()))), strict=True))
 
 
 def in_shares(total: int, shares: npt.NDArray[np.float64]) -> list[int]:

@@ -69,7 +69,7 @@ def test_a_teacher_of_a_task_needs_a_path():
 def test_with_a_teacher_for_each_task_the_default_one_needs_no_path():
     given = [override for override in MANDATORY if not override.startswith("teacher.path=")]
     config = compose_config(*given, "+teachers={sort: {path: a, num_workers: 2}}", "teacher.num_workers=3")
-    assert config.teacher == TeacherConfig(path="", num_workers=3)
+    assert (config.teacher.path, config.teacher.num_workers) == ("", 3)
     assert config.teachers == {"sort": TeacherConfig(path="a", num_workers=2)}
 
 

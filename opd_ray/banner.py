@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
-from opd_ray.config.schema import Config, TeacherConfig
+from opd_ray.config.schema import BatchMode, Config, TeacherConfig
 from opd_ray.config.teacher import SelfUpdate, TeacherKind
 from opd_ray.console import step_breakdown
 from opd_ray.data.models import Models
-from opd_ray.data.prompts import PromptSets
+from opd_ray.data.prompts import PromptSets, mixed_counts
 from opd_ray.protocol import Metrics, Payload
-from opd_ray.requests import score_request
-from opd_ray.routing import recorded_scores, teachers_of
+from opd_ray.requests import score_request, training_samples
+from opd_ray.routing import recorded_scores, task_config, teachers_of
 from opd_ray.state import RunDir
 
 _BYTES_PER_ID = 6  # of a support, with its log-prob
@@ -20,7 +20,6 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
     """Return the lines that say what the run is made of."""
     rollout, learner, teachers = config.rollout, config.learner, teachers_of(config)
     num_teacher_workers = sum(teacher.num_workers for teacher in teachers.by_name.values())
-    num_trajectories = config.batch.num_prompts * rollout.samples_per_prompt
     dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
@@ -30,13 +29,28 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
-        f"batch      {config.batch.num_prompts} prompts x {rollout.samples_per_prompt} samples ="
-        f" {num_trajectories} trajectories an update, max_staleness {config.max_staleness}",
+        f"batch      {describe_batch(config, tasks=sorted({p.task for p in prompts.train}))},"
+        f" max_staleness {config.max_staleness}",
         f"workers    {rollout.num_workers} rollout, {num_teacher_workers} teacher, {learner.num_ranks} learner"
         f" (ZeRO-{learner.zero_stage}, {learner.dtype.value})",
         f"steps      {step} to {config.num_steps}" + (" (resumed)" if step else ""),
         f"run dir    {run_dir.path}",
     ]
+
+
+def describe_batch(config: Config, *, tasks: Sequence[str]) -> str:
+    """Return how many trajectories an update has; tasks with samples of their own are counted one by one."""
+    num_prompts = config.batch.num_prompts
+    samples = {task: training_samples(config, task).num_samples for task in tasks}
+    if len(set(samples.values())) == 1:
+        (num_samples,) = set(samples.values())
+        return f"{num_prompts} prompts x {num_samples} samples = {num_prompts * num_samples} trajectories an update"
+    if config.batch.mode is BatchMode.sequential:
+        each = ", ".join(f"{num_prompts * n} of {task} ({num_prompts} prompts x {n})" for task, n in samples.items())
+        return f"one task an update, trajectories: {each}"
+    counts = mixed_counts(num_prompts, {task: task_config(config, task).share for task in tasks})
+    each = ", ".join(f"{task} {counts[task]} prompts x {n}" for task, n in samples.items())
+    return f"{each} samples = {sum(counts[task] * n for task, n in samples.items())} trajectories an update"
 
 
 def teacher_bytes_per_token(config: Config, models: Models) -> int:

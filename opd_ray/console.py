@@ -89,6 +89,10 @@ class StepLine:
         if self._bar:
             self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        self._console.print(text, markup=False)
+
     def show_step(self, step: int, metrics: Metrics) -> None:
         """Move on by a training step."""
         self._move(step, step_numbers(metrics))

@@ -125,7 +125,7 @@ def _models(config: Config) -> tuple[Models | None, list[Finding]]:
 
 def _prompts(config: Config, models: Models) -> tuple[PromptSets | None, list[Finding]]:
     try:
-        ids = objective_ids(config.objective, tokenizer=models.tokenizer)
+        ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
         workers.check_teachers(config, teachers_of(config).by_name.values())
         prompts = load_prompts(config, tokenizer=models.tokenizer)
         check_teacher_room(config, longest_teacher_prompts(config, [*prompts.train, *prompts.held_out]))
@@ -167,7 +167,7 @@ def _engines(config: Config, *, models: Models, prompts: PromptSets) -> list[Fin
         log_dir=Path(tempfile.mkdtemp(prefix="opd-ray-doctor-")),
     )
     try:
-        findings = engine_findings(test, prompts=prompts.held_out, reference=student_as_teacher(config))
+        findings = engine_findings(test, prompts=prompts.held_out, twin=student_as_teacher(config))
     except RayError as fault:  # first: a worker's ValueError arrives as both
         words = describe(fault, log_dir=test.log_dir)
         return [error("engines", words, f"the workers' logs lie in {test.log_dir}")]

@@ -1,5 +1,6 @@
 """Summaries in, metrics out: the pure arithmetic behind `rollout/*` and the step's rates."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -31,6 +32,15 @@ def mean_reward(name: str, summaries: Sequence[GroupSummary]) -> dict[str, float
         parts |= {f"{name}_{task}": [s for s in summaries if s.task == task] for task in tasks}
     rewards = {part: [reward for s in of_part for reward in s.rewards] for part, of_part in parts.items()}
     return {part: sum(values) / len(values) for part, values in rewards.items() if values}
+
+
+def samples_shown(summaries: Sequence[GroupSummary], *, num_samples: int) -> list[GroupSummary]:
+    """Return the first groups of a batch, the tasks in turn: every task has one as long as there is room."""
+    by_task: dict[str, list[GroupSummary]] = {}
+    for summary in summaries:
+        by_task.setdefault(summary.task, []).append(summary)
+    rounds = itertools.zip_longest(*by_task.values())
+    return [summary for of_round in rounds for summary in of_round if summary is not None][:num_samples]
 
 
 def summarise(history: Sequence[Mapping[str, float]], *, wall_s: float) -> dict[str, float]:

@@ -91,7 +91,8 @@ class TrajectoryGroup:
     prompt_ids: Int32  # [P]
     response_ids: Int32  # [N] sampled tokens, the end token included where there is one
     offsets: Int32  # [G+1] response g is response_ids[offsets[g]:offsets[g+1]]
-    sampled_logprobs: Float32  # [N] of the sampled token, full vocabulary, at the rollout temperature
+    sampled_logprobs: Float32  # [N] of the sampled token, full vocabulary, at the rollout temperature;
+    # with objective.correct_top_p and top_p < 1 renormalised in the nucleus
     token_versions: Int32  # [N] version of the policy that sampled the token, or RECORDED_VERSION
     loss_mask: npt.NDArray[np.bool_]  # [N] false: a token the policy did not choose
     support_ids: Int32  # [N,K] the student's own top-K at sampling time, -1 for none; K = 0 when not asked for

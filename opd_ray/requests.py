@@ -20,9 +20,10 @@ class ObjectiveIds:
     equivalent: tuple[tuple[int, ...], ...]  # of objective.equivalent_tokens
 
 
-def objective_ids(config: ObjectiveConfig, *, tokenizer: Any) -> ObjectiveIds:
-    """Look the tokens up. Raises ValueError for text that is not one token of the vocabulary, and for text masks on a
-    tokenizer whose tokens cannot be turned into text."""
+def objective_ids(config: ObjectiveConfig, *, tokenizer: Any, vocab_size: int | None = None) -> ObjectiveIds:
+    """Look the tokens up. Raises ValueError for text that is not one token of the vocabulary, for equivalent tokens
+    beyond the vocab_size that student and teacher share, and for text masks on a tokenizer whose tokens cannot be
+    turned into text."""
     if config.mask.text or config.mask.format is not None:
         token_bytes(tokenizer)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -36,6 +37,12 @@ def objective_ids(config: ObjectiveConfig, *, tokenizer: Any) -> ObjectiveIds:
                 )
         return tuple(vocabulary[token] for token in tokens)
 
+    for token in (token for tokens in config.equivalent_tokens for token in tokens):
+        if vocab_size is not None and vocabulary.get(token, 0) >= vocab_size:
+            raise ValueError(
+                f"objective.equivalent_tokens names {token!r}, id {vocabulary[token]}: expected ids below {vocab_size},"
+                " the tokens that student and teacher share"
+            )
     return ObjectiveIds(
         masked=ids("mask.tokens", config.mask.tokens),
         equivalent=tuple(ids("equivalent_tokens", tokens) for tokens in config.equivalent_tokens),

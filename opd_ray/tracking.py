@@ -9,12 +9,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from opd_ray.config.schema import Config, TrackingKind
 from opd_ray.console import StepLine
-from opd_ray.metrics import rollout_metrics
+from opd_ray.metrics import rollout_metrics, samples_shown
+from opd_ray.mismatch import MismatchWatch
 from opd_ray.protocol import GroupSummary, Metrics
 from opd_ray.state import RunDir
 
@@ -34,7 +36,16 @@ class Sink(Protocol):
 class RunTracker:
     """`Tracker` of a run dir; keeps the history of this process for the summary."""
 
-    def __init__(self, run_dir: RunDir, *, step: int, num_samples: int, sinks: Sequence[Sink], line: StepLine) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        step: int,
+        num_samples: int,
+        sinks: Sequence[Sink],
+        line: StepLine,
+        measured: Metrics = MappingProxyType({}),  # before the first step, and logged with it
+    ) -> None:
         self.history: list[dict[str, float]] = _kept_lines(run_dir.path / "metrics.jsonl", step=step)
         for path in (run_dir.path / "samples.jsonl", run_dir.quarantine):
             _kept_lines(path, step=step)
@@ -42,22 +53,28 @@ class RunTracker:
         self._num_samples = num_samples
         self._sinks = sinks
         self._line = line
+        self._measured = dict(measured)
+        self._mismatch = MismatchWatch()
         self._last = time.perf_counter()
 
     def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
         """Record a step in every place: one line of metrics.jsonl."""
-        record = {"step": step, **metrics}
+        record = {"step": step, **self._measured, **metrics}
+        self._measured = {}
         if summaries:
             record |= rollout_metrics(summaries) | self._rates(metrics, summaries)
         self._last = time.perf_counter()
         self.history.append(record)
         self._append("metrics.jsonl", record)
-        for summary in summaries[: self._num_samples]:
+        for summary in samples_shown(summaries, num_samples=self._num_samples):
             rewards = list(summary.rewards)
             self._append("samples.jsonl", {"step": step, "text": summary.text, "rewards": rewards})
         for sink in self._sinks:
             sink.log(step, record)
         self._line.show_step(step, record)
+        for warning in self._mismatch.warnings(record):
+            record_event(self._run_dir, kind="engine_mismatch", message=f"step {step}: {warning}")
+            self._line.say(f"warning: {warning}")
 
     def holds(self, step: int) -> bool:
         """Whether a step has been recorded, by this process or by the one that it resumes."""

@@ -25,6 +25,7 @@ from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import load_prompts
 from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts, with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
+from opd_ray.engine_checks import EngineTest, teacher_gaps
 from opd_ray.evaluation import HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
@@ -59,7 +60,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
         student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
-    ids = objective_ids(config.objective, tokenizer=models.tokenizer)
+    ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
     prompts = load_prompts(config, tokenizer=models.tokenizer)
     models, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
     room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
@@ -80,7 +81,9 @@ def train(config: Config, console: RunConsole) -> Metrics:
         sinks = open_sinks(config, run_dir)
         words = describe_run(config, models=models, prompts=prompts, run_dir=run_dir, step=step)
         console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
-        measured = _measure_teacher(config, held_out=held_out(config, prompts), console=console)
+        of_run = held_out(config, prompts)
+        measured = _measure_teacher(config, held_out=of_run, console=console)
+        gaps = _measure_engines(config, held_out=of_run, vocab_size=models.vocab_size, console=console)
         with ExitStack() as stack:
             with console.phase("start workers"):
                 fleets = stack.enter_context(
@@ -96,7 +99,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 console.progress_phase("train", num_steps=config.num_steps, done=step) as line,
             ):
                 tracker = RunTracker(
-                    run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line
+                    run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line, measured=gaps
                 )
                 loop = build_loop(
                     config,
@@ -194,6 +197,20 @@ def _training_fleets(config: Config, fleets: Fleets, *, console: RunConsole) -> 
         console.say(f"warning: recording ended: {message}")
 
     return workers.training_fleets(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
+
+
+def _measure_engines(config: Config, *, held_out: HeldOut, vocab_size: int, console: RunConsole) -> Metrics:
+    """Compare teachers with their checkpoints where reference_tokens asks for it."""
+    if not any(teacher.reference_tokens for teacher in teachers_of(config).by_name.values()):
+        return {}
+    test = EngineTest(
+        config=config,
+        vocab_size=vocab_size,
+        temperature=config.rollout.temperature,
+        log_dir=RunDir.of(config).logs,
+    )
+    with console.phase("compare teachers with their checkpoints"):
+        return teacher_gaps(test, prompts=held_out.prompts)
 
 
 if __name__ == "__main__":

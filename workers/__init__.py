@@ -1,6 +1,6 @@
 """The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the door of a run; the others open one pool."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from ray.util.placement_group import remove_placement_group
 
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.controller import Fleets
-from opd_ray.protocol import Payload, RolloutFleet, ScoreRequest
+from opd_ray.protocol import Float32, Int32, Payload, RolloutFleet, ScoreRequest
 from opd_ray.requests import ObjectiveIds, head_is_read, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
-from workers.fleet import Berth
+from workers.fleet import Berth, kill, spawn
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.placement import (
@@ -28,6 +28,7 @@ from workers.placement import (
     teacher_role,
     totals,
 )
+from workers.reference import ReferenceModel
 from workers.rollout.fleet import RayRolloutFleet
 from workers.scores import check_replay, head_keys, training_fleets
 from workers.teacher.fleet import RayTeacherFleet, check_teachers
@@ -40,8 +41,10 @@ __all__ = [
     "connected",
     "head_keys",
     "is_local",
+    "learner_alone",
     "open_fleets",
     "pools",
+    "reference_logprobs",
     "teacher_sampler",
     "teacher_scorer",
     "totals",
@@ -100,19 +103,12 @@ def open_fleets(
     learner = RayLearner(
         config=config.learner,
         berth=berths["learner"],
-        arguments={
-            "student_path": config.student.path,
-            "teacher_paths": {name: t.path for name, t in teachers.by_name.items() if head_is_read(config, t)},
-            "objective": ObjectiveSetup(
-                config=config.objective,
-                ids=ids,
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                vocab_size=vocab_size,
-                loss_weights={task: special.loss_weight for task, special in config.tasks.items()},
-            ),
-            "num_steps": config.num_steps,
-        },
+        arguments=_learner_arguments(
+            config,
+            teacher_paths={name: t.path for name, t in teachers.by_name.items() if head_is_read(config, t)},
+            vocab_size=vocab_size,
+            ids=ids,
+        ),
     )
     fleets: list[RayRolloutFleet | RayTeacherFleet | RayLearner] = [rollout, *teacher_fleets.values(), learner]
     try:
@@ -173,7 +169,59 @@ def teacher_scorer(
 
 
 @contextmanager
-def _opened(fleet: RayRolloutFleet | RayTeacherFleet) -> Iterator[None]:
+def learner_alone(
+    config: Config, *, teacher_paths: Mapping[str, str], vocab_size: int, log_dir: Path
+) -> Iterator[RayLearner]:
+    """Start the learner's ranks and nothing else; they end on leaving. teacher_paths: whose heads they read, by name.
+
+    Ids that the objective masks or counts as one are as others.
+    """
+    arguments = _learner_arguments(
+        config, teacher_paths=teacher_paths, vocab_size=vocab_size, ids=ObjectiveIds(masked=(), equivalent=())
+    )
+    with _berth(config, role="learner-alone", pool=pools(config)["learner"], log_dir=log_dir) as berth:
+        learner = RayLearner(config=config.learner, berth=berth, arguments=arguments)
+        with _opened(learner):
+            yield learner
+
+
+def reference_logprobs(
+    config: Config, teacher: TeacherConfig, samples: Sequence[tuple[Int32, Int32]], *, vocab_size: int, log_dir: Path
+) -> Float32:
+    """Return what a teacher's checkpoint itself says of response tokens, [N]: pairs of prompt and response ids."""
+    pool = Pool(
+        key="teacher.cpus_per_worker", num_workers=1, cpus_per_worker=teacher.cpus_per_worker, gpus_per_worker=0.0
+    )
+    arguments = {"path": teacher.path, "vocab_size": vocab_size, "temperature": config.rollout.temperature}
+    with _berth(config, role="reference", pool=pool, log_dir=log_dir) as berth:
+        (actor,) = spawn(ReferenceModel, berth=berth, arguments=arguments, concurrent=False)
+        try:
+            logprobs_N: Float32 = ray.get(actor.logprobs.remote(samples))
+        finally:
+            kill([actor])
+    return logprobs_N
+
+
+def _learner_arguments(
+    config: Config, *, teacher_paths: Mapping[str, str], vocab_size: int, ids: ObjectiveIds
+) -> dict[str, Any]:
+    return {
+        "student_path": config.student.path,
+        "teacher_paths": teacher_paths,
+        "objective": ObjectiveSetup(
+            config=config.objective,
+            ids=ids,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            vocab_size=vocab_size,
+            loss_weights={task: special.loss_weight for task, special in config.tasks.items()},
+        ),
+        "num_steps": config.num_steps,
+    }
+
+
+@contextmanager
+def _opened(fleet: RayRolloutFleet | RayTeacherFleet | RayLearner) -> Iterator[None]:
     try:
         fleet.wait_ready()
         yield

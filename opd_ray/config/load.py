@@ -10,6 +10,8 @@ from opd_ray.config.schema import Config
 from opd_ray.config.teacher import TeacherKind
 from opd_ray.config.validate import validate
 
+_TEACHER_PATH = "teacher.path"
+
 
 def register_schema() -> None:
     """Make the schema the base of `configs/train.yaml`: Hydra then refuses unknown keys and wrong types."""
@@ -21,9 +23,13 @@ def load(composed: DictConfig) -> Config:
     composed = _with_paths_of_self(composed)
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
+        given = OmegaConf.merge(composed)
+        if _TEACHER_PATH in missing and composed.teachers:  # they teach all: nothing reads it
+            missing.remove(_TEACHER_PATH)
+            OmegaConf.update(given, _TEACHER_PATH, "")
         if missing:
             raise ValueError(f"{missing[0]} is not given: it has no default (missing: {', '.join(missing)})")
-        config = OmegaConf.to_object(composed)
+        config = OmegaConf.to_object(given)
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)

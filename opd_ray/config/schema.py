@@ -109,7 +109,7 @@ class TeacherConfig:
     """The model that scores, and its pool of workers."""
 
     # kind=http: of its tokenizer alone; kind=cache: read for its output head, with hidden states only; kind=self: the
-    # student's, need not be given
+    # student's, need not be given; nor that of `teacher` where `teachers` are given
     path: str
     kind: TeacherKind = TeacherKind.vllm
     http: HttpTeacherConfig | None = None  # kind=http: where it is served
@@ -124,10 +124,15 @@ class TeacherConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     evaluate: bool = False  # also measure the teacher's own accuracy before training
+    # on how many response tokens its engine is compared with its checkpoint, read by transformers in float32 on CPUs:
+    # before a run and by the doctor; null: by the doctor alone, on a few, where the weights are small; 0: never
+    reference_tokens: int | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)  # passed to vLLM untouched
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= 1, "teacher.num_workers", self.num_workers, "an integer of at least 1")
+        tokens = self.reference_tokens
+        _require(tokens is None or tokens >= 0, "teacher.reference_tokens", tokens, "an integer of at least 0, or null")
         served = self.http is not None
         _require(served == (self.kind is TeacherKind.http), "teacher.http", self.http, "urls exactly with kind=http")
         if self.kind is TeacherKind.self:

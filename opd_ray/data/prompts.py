@@ -49,7 +49,7 @@ class TaskPrompts:
         self._shares = np.array([shares[task] for task in self._tasks])
         counts = dict.fromkeys(self._tasks, num_prompts)
         if mode is BatchMode.mixed:
-            counts = dict(zip(self._tasks, in_shares(num_prompts, self._shares), strict=True))
+            counts = mixed_counts(num_prompts, {task: shares[task] for task in self._tasks})
         self._mode = mode
         self._seed = seed
         self._streams = {
@@ -82,6 +82,11 @@ class TaskPrompts:
         others = [prompt for prompt in of_task if prompt.index not in taken] or of_task
         first = derive_seed(self._seed, _REPLACEMENT_STREAM, step, position)
         return others[(first + attempt) % len(others)]
+
+
+def mixed_counts(num_prompts: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Return how many prompts of an update are of each task."""
+    return dict(zip(shares, in_shares(num_prompts, np.array(list(shares.values()))), strict=True))
 
 
 def in_shares(total: int, shares: npt.NDArray[np.float64]) -> list[int]:

@@ -21,12 +21,18 @@ class Equivalence:
     classes: tuple[Tensor, ...]  # each [C] int64, C >= 2
 
     @staticmethod
-    def of(ids: Sequence[Sequence[int]], *, device: torch.device) -> "Equivalence":
-        """Build from lists of ids. Raises ValueError when an id is in two classes or a class has fewer than two."""
+    def of(ids: Sequence[Sequence[int]], *, device: torch.device, vocab_size: int | None = None) -> "Equivalence":
+        """Build from lists of ids. Raises ValueError when an id is in two classes, a class has fewer than two, or an id
+        has no row among the vocab_size that both models have."""
         flat = [id_ for class_ in ids for id_ in class_]
         if len(set(flat)) < len(flat) or any(len(class_) < 2 for class_ in ids):
             raise ValueError(
                 f"objective.equivalent_tokens has ids {list(map(list, ids))}: expected disjoint classes of 2+"
+            )
+        if vocab_size is not None and max(flat, default=-1) >= vocab_size:
+            raise ValueError(
+                f"objective.equivalent_tokens has the id {max(flat)}: expected ids below {vocab_size}, the tokens that"
+                " student and teacher share"
             )
         return Equivalence(classes=tuple(torch.tensor(class_, dtype=torch.int64, device=device) for class_ in ids))
 

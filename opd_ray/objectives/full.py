@@ -23,7 +23,7 @@ def losses(
     With the reverse KL, sum_v p (log p - log q), the gradient in the student's logits is p (log p - log q - loss): what
     `sampled` at discount 0 has in expectation over y_t, without its noise. divergence_N is the loss itself, exact
     and >= 0. Both models' logits are divided by the temperature; heads of different sizes are cut to the common
-    range before the softmax.
+    range before the softmax. Stats: `signal`, |log p(y_t) - log q(y_t)|.
 
     hidden_ND [N,D], head_VD [V,D]; the teacher has its own D and V and gets no gradient; nats. Standard.
     Choose it when the exact signal is worth 2D bytes a token and products with both heads.
@@ -32,16 +32,22 @@ def losses(
     tokens = tokens.cleared()
     dtype = widest_dtype(hidden_ND, head_VD)
     vocab_size = common_vocabulary(options.vocab_size, head_VD, signal.head_VD)
-    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
+    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device, vocab_size=vocab_size)
     ids_N = equivalence.canonical(tokens.ids_N)
     teacher_logits = teacher_rows(signal, tokens=tokens, vocab_size=vocab_size, options=options, dtype=dtype)
 
     def row_loss(rows: slice, logits_NV: Tensor, wanted: bool) -> RowLosses:
         teacher_NV = equivalence.merge(teacher_logits(rows))
-        sampled_N = logits_NV.gather(1, ids_N[rows][:, None]).squeeze(1)
-        loss_N, lse_N = divergence_of_logits(logits_NV, teacher_NV, divergence=options.divergence, wanted=wanted)
+        sampled_N, teacher_N = (z_NV.gather(1, ids_N[rows][:, None]).squeeze(1) for z_NV in (logits_NV, teacher_NV))
+        loss_N, lse_N, teacher_lse_N = divergence_of_logits(
+            logits_NV, teacher_NV, divergence=options.divergence, wanted=wanted
+        )
         return RowLosses(
-            loss_N=loss_N, slope_NV=logits_NV if wanted else None, divergence_N=loss_N, logprobs_N=sampled_N - lse_N
+            loss_N=loss_N,
+            slope_NV=logits_NV if wanted else None,
+            divergence_N=loss_N,
+            logprobs_N=sampled_N - lse_N,
+            stats={"signal": (sampled_N - lse_N - teacher_N + teacher_lse_N).abs()},
         )
 
     chunk_tokens = max(1, options.chunk_tokens // 2)
@@ -59,10 +65,10 @@ def losses(
 
 def divergence_of_logits(
     logits_NV: Tensor, teacher_NV: Tensor, *, divergence: Divergence, wanted: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the divergence [N] of two rows of logits and the student's log-normaliser [N]; block by block.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the divergence [N] of two rows of logits, and the student's and the teacher's log-normaliser [N].
 
-    Overwrites both: logits_NV becomes the gradient with respect to itself when that is wanted.
+    Block by block. Overwrites both: logits_NV becomes the gradient with respect to itself when that is wanted.
     """
     lse_N, teacher_lse_N = logsumexp(logits_NV), logsumexp(teacher_NV)
     total_N, slopes_N = torch.zeros_like(lse_N), torch.zeros_like(lse_N)
@@ -74,4 +80,4 @@ def divergence_of_logits(
     if wanted:
         for p_NV, slope_NV in blocks(logits_NV, teacher_NV):
             torch.addcmul(slope_NV, p_NV, slopes_N[:, None], value=-1, out=p_NV)
-    return total_N, lse_N
+    return total_N, lse_N, teacher_lse_N

@@ -80,8 +80,10 @@ class Losses:
     loss: Tensor  # [] sum_n weights_N[n] * loss_N[n], differentiable once in states and head
     loss_N: Tensor  # [N]
     divergence_N: Tensor  # [N] estimate of the divergence at the token's prefix, by this estimator
-    sampled_logprobs_N: Tensor  # [N] log p(y_t); [0] where the objective never normalises over the vocabulary
-    stats: dict[str, Tensor]  # name -> [N], to be averaged over unmasked tokens
+    sampled_logprobs_N: Tensor  # [N] log p(y_t), in the nucleus with policy.top_p < 1; [0] where the objective never
+    # normalises over the vocabulary
+    stats: dict[str, Tensor]  # name -> [N], to be averaged over unmasked tokens; always `signal`, how far the
+    # teacher is from the student: |log p(y_t) - log q(y_t)| or its expectation
     diagnostics: dict[str, Tensor]  # name -> [M] of the first M tokens, M = min(N, options.diagnostic_tokens)
 
 

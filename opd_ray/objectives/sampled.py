@@ -42,12 +42,13 @@ def losses(
     - `truncated`: min(rho, ratio_cap), held constant (truncated importance sampling);
     - `ppo`: the clipped surrogate with dual clip (arXiv 1912.09729): a token whose ratio has moved beyond the clip in
       the direction that its advantage rewards has no gradient.
-    With policy.top_p < 1 (samples from a nucleus), p is the student renormalised in its own top-p nucleus.
+    With policy.top_p < 1 (samples from a nucleus), p is the student renormalised in its own top-p nucleus; y_t joins
+    it where it has left it since.
 
     discount 1: unbiased for the gradient of the sequence KL, variance up to T^4. 0: variance up to T^2; the expected
     gradient is that of the token KLs at fixed prefixes, the one that `full` computes without noise. Baselines change
     no expectation. divergence_N is r_t, unclipped: the k1 estimator of KL(p || q), unbiased and of either sign.
-    Stats: `reward_clipped`, `ratio`, `ratio_squared`, `ratio_clipped`.
+    Stats: `signal`, |r_t|, `reward_clipped`, `ratio`, `ratio_squared`, `ratio_clipped`.
     hidden_ND [N,D], head_VD [V,D]; nats. Source: arXiv 2603.25562.
     Choose it when a teacher can give no more than the log-prob of the sampled token, or with a task reward.
     """
@@ -55,15 +56,16 @@ def losses(
     check_num_tokens(tokens, hidden_ND=hidden_ND, signal_N=states_N)
     tokens = tokens.cleared()
     dtype = widest_dtype(hidden_ND, head_VD)
-    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
+    heads = (head_VD, signal.head_VD) if isinstance(signal, HiddenSignal) else (head_VD,)
+    vocab_size = common_vocabulary(options.vocab_size, *heads)
+    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device, vocab_size=vocab_size)
     ids_N, chunk_tokens = equivalence.canonical(tokens.ids_N), options.chunk_tokens
     if isinstance(signal, HiddenSignal):
-        vocab_size = common_vocabulary(options.vocab_size, head_VD, signal.head_VD)
         chunk_tokens = max(1, chunk_tokens // 2)
         logits_of = teacher_rows(signal, tokens=tokens, vocab_size=vocab_size, options=options, dtype=dtype)
-        teacher = _from_logits(logits_of, ids_N=ids_N, equivalence=equivalence)
+        teacher = _from_logits(logits_of, ids_N=ids_N, equivalence=equivalence, kl_baseline=options.policy.kl_baseline)
     else:
-        vocab_size = common_vocabulary(options.vocab_size, head_VD)
+        _require_no_baseline(options.policy)
         teacher = _from_logprobs(signal.logprobs_N.detach().to(dtype).masked_fill(~tokens.mask_N, 0))
     rows = _PolicyRows(
         tokens=tokens,
@@ -126,7 +128,7 @@ class _PolicyRows:
             slope_NV=logits_NV if wanted else None,
             divergence_N=cost_N,
             logprobs_N=logprobs_N,
-            stats={"reward_clipped": (cost_N.abs() > clip).to(dtype), **stats},
+            stats={"signal": cost_N.abs(), "reward_clipped": (cost_N.abs() > clip).to(dtype), **stats},
         )
 
 
@@ -154,21 +156,33 @@ def _from_logprobs(logprobs_N: Tensor) -> TeacherLogprobs:
     return lambda rows, _: (logprobs_N[rows], torch.zeros_like(logprobs_N[rows]))
 
 
-def _from_logits(logits_of: Callable[[slice], Tensor], *, ids_N: Tensor, equivalence: Equivalence) -> TeacherLogprobs:
+def _require_no_baseline(policy: PolicyOptions) -> None:
+    if policy.kl_baseline:
+        raise ValueError("objective.baseline = kl: the teacher sent sampled log-probs, expected hidden states")
+
+
+def _from_logits(
+    logits_of: Callable[[slice], Tensor], *, ids_N: Tensor, equivalence: Equivalence, kl_baseline: bool
+) -> TeacherLogprobs:
     def of(rows: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         teacher_NV = equivalence.merge(logits_of(rows))
         logprobs_N = teacher_NV.gather(1, ids_N[rows][:, None]).squeeze(1) - logsumexp(teacher_NV)
-        baseline_N, _ = divergence_of_logits(logits_NV.clone(), teacher_NV, divergence=reverse_kl(), wanted=False)
+        if not kl_baseline:
+            return logprobs_N, torch.zeros_like(logprobs_N)
+        baseline_N, *_ = divergence_of_logits(logits_NV.clone(), teacher_NV, divergence=reverse_kl(), wanted=False)
         return logprobs_N, baseline_N
 
     return of
 
 
 def _cut_to_nucleus(logits_NV: Tensor, *, ids_N1: Tensor, top_p: float) -> None:
-    """Make every id outside the smallest set of mass >= top_p absent, in place; the sampled id always stays."""
+    """Make every id outside the smallest set of mass >= top_p absent, in place; the sampled id always stays.
+
+    The columns are outcomes: of a class of equivalent ids the whole mass.
+    """
     sorted_NV = logits_NV.sort(dim=-1, descending=True).values
     before_NV = sorted_NV.softmax(-1).cumsum(-1).roll(1, dims=-1)
     before_NV[:, 0] = 0
     size_N1 = (before_NV < top_p).sum(-1, keepdim=True)
-    least_N1 = torch.minimum(sorted_NV.gather(1, size_N1 - 1), logits_NV.gather(1, ids_N1))
-    logits_NV.masked_fill_(logits_NV < least_N1, ABSENT)
+    outside_NV = logits_NV < sorted_NV.gather(1, size_N1 - 1)
+    logits_NV.masked_fill_(outside_NV.scatter_(1, ids_N1, False), ABSENT)

@@ -16,6 +16,8 @@ from opd_ray.objectives.objective import Losses, ObjectiveOptions, Tail
 from opd_ray.objectives.rows import RowLosses, common_vocabulary, exponentiate_, scale_, widest_dtype
 from opd_ray.objectives.signals import SupportSignal, Tokens, check_num_tokens
 
+_SAMPLED_TAILS = ("sampled_corrected", "sampled_uncorrected")
+
 
 def losses(
     hidden_ND: Tensor, head_VD: Tensor, *, tokens: Tokens, signal: SupportSignal, options: ObjectiveOptions
@@ -32,16 +34,19 @@ def losses(
     - `none`: sum_S phi with p normalised over the vocabulary. A baseline: no divergence; for the reverse KL it can be
       negative and rewards moving mass out of S.
 
-    divergence_N is the loss itself. sampled_logprobs_N is empty for `renormalise`. Stats: `support_teacher_mass`,
-    sum_S q, except for `renormalise`, whose log q may lack a constant. hidden_ND [N,D], head_VD [V,D]; nats.
-    Source: arXiv 2603.25562. Choose `renormalise` by default: nearly the signal of `full` for a payload and a cost
-    that do not grow with the vocabulary. Raises ValueError for K < 2 renormalised.
+    divergence_N is the loss itself. sampled_logprobs_N is empty for `renormalise`. Stats: `signal`, for sampled tails
+    |log p(y) - log q(y)| and for the others its expectation over the ids of S, sum_S p |log p - log q| (p^, q^
+    renormalised); `support_teacher_mass`, sum_S q, except for `renormalise`, whose log q may lack a constant.
+    hidden_ND [N,D], head_VD [V,D]; nats. Source: arXiv 2603.25562. Choose `renormalise` by default: nearly the signal
+    of `full` for a payload and a cost that do not grow with the vocabulary. Raises ValueError for too few ids: K < 2
+    renormalised, K < 1 otherwise.
     """
     check_num_tokens(tokens, hidden_ND=hidden_ND, signal_N=signal.ids_NK)
     tokens = tokens.cleared()
     dtype = widest_dtype(hidden_ND, head_VD)
     vocab_size = common_vocabulary(options.vocab_size, head_VD)
-    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device)
+    _require_ids(signal.ids_NK.shape[1], tail=options.tail)
+    equivalence = Equivalence.of(options.equivalent_ids, device=hidden_ND.device, vocab_size=vocab_size)
     ids_NK = equivalence.without_duplicates(signal.ids_NK)
     present_NK = (ids_NK >= 0) & (ids_NK < vocab_size) & tokens.mask_N[:, None]
     support = _Support(
@@ -51,7 +56,6 @@ def losses(
         divergence=options.divergence,
     )
     if options.tail == "renormalise":
-        _require_two_ids(support.ids_NK.shape[1])
         ids, row_loss = gathering(_Renormalised(support=support), equivalence, ids_NK=support.ids_NK)
         head: GatheredHead | WholeHead = GatheredHead(
             head_VD, ids_NK=ids, dtype=dtype, chunk_tokens=options.chunk_tokens
@@ -85,9 +89,11 @@ class _Renormalised:
         support = self.support
         present_NK = support.present_NK[rows]
         log_p_NK = logits_NK.masked_fill(~present_NK, ABSENT).log_softmax(-1)
-        loss_N, slope_NK = support.divergence(log_p_NK, support.log_q_NK[rows].log_softmax(-1))
+        log_q_NK = support.log_q_NK[rows].log_softmax(-1)
+        signal_N = _expected_log_ratio(log_p_NK, log_q_NK)
+        loss_N, slope_NK = support.divergence(log_p_NK, log_q_NK)
         slope_NK = slope_NK.masked_fill(~present_NK, 0) if wanted else None
-        return RowLosses(loss_N=loss_N, slope_NV=slope_NK, divergence_N=loss_N)
+        return RowLosses(loss_N=loss_N, slope_NV=slope_NK, divergence_N=loss_N, stats={"signal": signal_N})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +138,13 @@ class _WithTail:
             slope_NV=logits_NV if wanted else None,
             divergence_N=loss_N,
             logprobs_N=logprobs_N,
-            stats={"support_teacher_mass": log_q_NK.exp().sum(-1)},
+            stats={"signal": self._signal(rows, log_p_NK, logprobs_N), "support_teacher_mass": log_q_NK.exp().sum(-1)},
         )
+
+    def _signal(self, rows: slice, log_p_NK: Tensor, logprobs_N: Tensor) -> Tensor:
+        if self.tail in _SAMPLED_TAILS:
+            return (logprobs_N - self.log_q_N[rows]).abs()
+        return _expected_log_ratio(log_p_NK, self.support.log_q_NK[rows])
 
     def _ids_that_exist(self, rows: slice) -> Tensor:
         """Return the ids of S with absent columns naming the row's first present id once more."""
@@ -168,8 +179,13 @@ class _WithTail:
         return phi_NK.sum(-1) + value_N, slope_NK, corrected_N if self.tail == "sampled_corrected" else value_N
 
 
+def _expected_log_ratio(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
+    """Return sum_S p |log p - log q|; ids absent on both sides add nothing."""
+    return (log_p_NK.exp() * (log_p_NK - log_q_NK).abs()).sum(-1)
+
+
 def _sampled_logprobs(signal: SupportSignal, *, tokens: Tokens, tail: Tail, dtype: torch.dtype) -> Tensor:
-    if tail not in ("sampled_corrected", "sampled_uncorrected"):
+    if tail not in _SAMPLED_TAILS:
         return signal.sampled_logprobs_N
     if len(signal.sampled_logprobs_N) != len(tokens.ids_N):
         given = f"{len(signal.sampled_logprobs_N)} sampled log-probs for {len(tokens.ids_N)} tokens"
@@ -177,8 +193,10 @@ def _sampled_logprobs(signal: SupportSignal, *, tokens: Tokens, tail: Tail, dtyp
     return signal.sampled_logprobs_N.detach().to(dtype).masked_fill(~tokens.mask_N, 0)
 
 
-def _require_two_ids(num_ids: int) -> None:
-    if num_ids < 2:
+def _require_ids(num_ids: int, *, tail: Tail) -> None:
+    if tail == "renormalise" and num_ids < 2:
         raise ValueError(
             f"objective.top_k = {num_ids}: expected at least 2; renormalised in one id, loss and gradient are always 0"
         )
+    if num_ids < 1:
+        raise ValueError(f"objective.top_k = {num_ids}: expected at least 1; a support without ids has no loss")

@@ -48,7 +48,11 @@ def machine_findings(config: Config) -> list[Finding]:
     """Check folders and installed versions."""
     installed = {name: version for name in machine.LIBRARIES if (version := _version(name))}
     requirements = metadata.requires(_PROJECT) if _version(_PROJECT) else None
-    return [machine.folders(config), machine.versions(requirements or [], installed=installed)]
+    return [
+        machine.folders(config),
+        machine.versions(requirements or [], installed=installed),
+        machine.teacher_devices(config),
+    ]
 
 
 def _memory(*, local: bool) -> Memory:

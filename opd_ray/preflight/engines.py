@@ -3,7 +3,7 @@
 Suffix: N sampled tokens, all of the student's own samples at the rollout temperature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from opd_ray.protocol import Float32
 
 LIMITS = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.05}  # nats a token that rounding may explain
 SIGNAL_SHARE = 0.1  # a disagreement beyond this share of the OPD signal disturbs what is to be learned
+_TINY = 1e-30
 _NO_SIGNAL = 1e-3  # nats a token; below it student and teacher are as good as one
 
 
@@ -51,20 +52,22 @@ def opd_signal(signals: Mapping[str, float]) -> Finding:
     return ok("OPD signal", found)
 
 
-def self_kl(student: Gap, *, dtype: Dtype, signal: float) -> Finding:
-    """Judge the student's sampler against a teacher worker that holds the student's weights, as distributions."""
+def self_kl(kl: float, *, dtypes: Iterable[Dtype], signal: float) -> Finding:
+    """Judge the learner's own forward pass against a teacher worker that holds the student's weights: the exact KL."""
     return _judge(
         "student as teacher",
-        student.kl,
-        words=f"KL(student || student as teacher) {student.kl:.2g} nats a token",
-        limit=LIMITS[dtype],
+        kl,
+        words=f"KL(student || student as teacher), exact over the vocabulary, {kl:.2g} nats a token",
+        limit=max(LIMITS[dtype] for dtype in dtypes),
         signal=signal,
-        advice="the two engines disagree on one model: compare rollout.dtype, engine_args and student.path's files",
+        advice="learner and teacher engine disagree on one model: compare learner.dtype, rollout.dtype, engine_args and"
+        " student.path's files",
     )
 
 
 def same_temperature(student: Gap, *, dtype: Dtype, temperature: float, signal: float) -> Finding:
-    """Judge the same pair token by token: a temperature that one side leaves out shows in every log-prob."""
+    """Judge the sampler against the same worker token by token: a temperature that one side leaves out shows in every
+    log-prob."""
     return _judge(
         "temperature",
         student.mean,
@@ -92,6 +95,40 @@ def replicas(teacher: str, logprobs: Sequence[Float32], *, dtype: Dtype, signal:
         signal=signal,
         advice=f"compare the files of {teacher}.path on all nodes, and {teacher}.engine_args",
     )
+
+
+def reference_gap(teacher: str, engine: Gap, *, dtype: Dtype, signal: float) -> Finding:
+    """Judge a teacher's engine against its checkpoint; signal: |log p - log q| in the mean over the student's tokens.
+
+    Quantisation and a short dtype may cost something: yellow beyond a tenth of the signal, red beyond all of it.
+    """
+    return _judge(
+        f"engine of {teacher}",
+        engine.mean,
+        words=f"its log-probs differ from a float32 forward of the checkpoint by {engine.mean:.2g} nats in the mean and"
+        f" {engine.largest:.2g} at most",
+        limit=max(LIMITS[dtype], signal),
+        signal=signal,
+        advice=f"look into {teacher}.dtype and {teacher}.engine_args (quantisation, attention backend)",
+    )
+
+
+def engine_gap_metrics(gaps: Mapping[str, tuple[Gap, float]]) -> dict[str, float]:
+    """Return the largest mean gap over teachers, in nats, and the largest relative to its teacher's signal.
+
+    gaps: by teacher, its engine against its checkpoint, and the mean |log p - log q|. Several teachers have their own
+    metrics as well.
+    """
+    means = {name: engine.mean for name, (engine, _) in gaps.items()}
+    relative = {name: engine.mean / max(signal, _TINY) for name, (engine, signal) in gaps.items()}
+    metrics = {
+        "teacher/engine_gap_mean": float(np.max(list(means.values()))),
+        "teacher/engine_gap_relative": float(np.max(list(relative.values()))),
+    }
+    for name in gaps if len(gaps) > 1 else ():
+        metrics |= {f"teacher/engine_gap_mean_{name}": means[name]}
+        metrics |= {f"teacher/engine_gap_relative_{name}": relative[name]}
+    return metrics
 
 
 def _judge(name: str, value: float, *, words: str, limit: float, signal: float, advice: str) -> Finding:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 
 from opd_ray.config.schema import Config, ResumePolicy, TrackingKind
+from opd_ray.config.teacher import TeacherKind
 from opd_ray.preflight.finding import Finding, error, ok, size, warning
 from opd_ray.state import RunDir, check_free
 
@@ -121,6 +122,24 @@ def versions(requirements: Sequence[str], *, installed: Mapping[str, str]) -> Fi
     if faults:
         return error("versions", "; ".join(faults), "install this project's own list (make setup; pip install .[gpu])")
     return ok("versions", ", ".join(f"{name} {installed[name]}" for name in wanted if name in installed))
+
+
+def teacher_devices(config: Config) -> Finding:
+    """Look for teachers of tasks on CPUs where `teacher` is given GPUs: they take nothing from it."""
+    name, wanted = "teachers' devices", config.teacher.gpus_per_worker
+    bare = [
+        f"teachers.{task}.gpus_per_worker"
+        for task, teacher in config.teachers.items()
+        if teacher.kind is TeacherKind.vllm and teacher.gpus_per_worker == 0
+    ]
+    if not bare or wanted == 0:
+        return ok(name, "as each of them says")
+    return warning(
+        name,
+        f"{', '.join(bare)}=0 and teacher.gpus_per_worker={wanted:g}: entries of `teachers` take nothing from `teacher`"
+        " or a group such as cluster=gpus",
+        " ".join(f"'{key}=${{teacher.gpus_per_worker}}'" for key in bare),
+    )
 
 
 def _halves(refusal: str) -> tuple[str, str]:

@@ -1,27 +1,32 @@
 """The doctor on the real stack: a sound set-up is green, one that scores something else is not."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import compose_config
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import workers
 from opd_ray.console import RunConsole
 from opd_ray.data.models import inspect_models
 from opd_ray.data.prompts import load_prompts
 from opd_ray.doctor import examine
-from opd_ray.engine_checks import EngineTest, handful, student_as_teacher
+from opd_ray.engine_checks import EngineTest, groups_of, handful, student_as_teacher
+from opd_ray.mismatch import MismatchWatch
 from opd_ray.preflight import Status
-from opd_ray.preflight.engines import gap, same_temperature, self_kl
+from opd_ray.preflight.engines import engine_gap_metrics, gap, reference_gap, same_temperature, self_kl
+from opd_ray.protocol import TrajectoryGroup
 from opd_ray.train import train
 
 pytestmark = pytest.mark.ray
@@ -41,6 +46,8 @@ def test_a_sound_set_up_is_green_with_two_workers_of_a_teacher(
     assert [f for f in findings if f.status is not Status.ok] == []
     names = {f.name for f in findings}
     assert {"OPD signal", "student as teacher", "temperature", "replicas of teacher", "cluster", "versions"} <= names
+    (engine,) = (f for f in findings if f.name == "engine of teacher")
+    assert engine.found.startswith("its log-probs differ from a float32 forward of the checkpoint by ")
     assert not (tmp_path / "runs").exists()
 
 
@@ -54,14 +61,52 @@ def test_other_weights_or_another_temperature_behind_the_score_turn_red(
     other = replace(same, path=model_folder(seed=3))
     sound = EngineTest(config=config, vocab_size=models.vocab_size, temperature=0.7, log_dir=tmp_path)
     with workers.connected(config):
-        groups = sound.sample(handful(prompts))
-        (cold_N,) = replace(sound, temperature=1.0).score(same, groups=groups, role="cold")
-        (other_N,) = sound.score(other, groups=groups, role="other")
-    sampler_N = np.concatenate([group.sampled_logprobs for group in groups])
+        handles = sound.sample(handful(prompts, num_ranks=2))
+        (cold_N,) = replace(sound, temperature=1.0).score(same, handles=handles, role="cold")
+        other_kl, other_N = sound.kl(other, handles=handles, role="other")
+        groups = groups_of(handles)
+        cold = sound.reference_gap(same, handles=handles, by_engine_N=cold_N, num_tokens=16)
+    sampler_N, dtype = np.concatenate([group.sampled_logprobs for group in groups]), config.rollout.dtype
     for scored_N in (cold_N, other_N):
-        wrong, dtype = gap(sampler_N, scored_N), config.rollout.dtype
-        assert self_kl(wrong, dtype=dtype, signal=1.0).status is Status.error
+        wrong = gap(sampler_N, scored_N)
         assert same_temperature(wrong, dtype=dtype, temperature=0.7, signal=1.0).status is Status.error
+    assert self_kl(other_kl, dtypes=[dtype], signal=1.0).status is Status.error
+    assert other_kl == pytest.approx(
+        _exact_kl(config.student.path, other.path, groups=groups, temperature=0.7), rel=1e-3
+    )
+    # A score at another temperature than the run's is a teacher that disagrees with its checkpoint.
+    assert reference_gap("teacher", cold, dtype=dtype, signal=1.0).status is Status.warning
+    assert MismatchWatch().warnings(engine_gap_metrics({"teacher": (cold, 1.0)}))
+
+
+def test_a_run_that_asks_for_it_compares_its_teacher_with_the_checkpoint_before_the_first_step(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    screen = io.StringIO()
+    train(compose_config(overrides("num_steps=1", "teacher.reference_tokens=16")), RunConsole(Console(file=screen)))
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "test" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[0]["teacher/engine_gap_mean"] < 1e-4
+    assert lines[0]["teacher/engine_gap_relative"] < 1e-3
+    assert "teacher/engine_gap_mean" not in lines[1]
+    assert lines[1]["rollout/logprob_gap_mean"] < 1e-4
+    assert lines[1]["distill/signal"] > 0.1
+    assert lines[1]["rollout/logprob_gap_relative"] < 1e-3
+    assert "warning" not in screen.getvalue()
+
+
+def test_a_sampler_that_rounds_more_than_the_learner_is_warned_of_once(
+    overrides: Callable[..., list[str]], tmp_path: Path, model_folder: Any
+) -> None:
+    """The teacher is the student itself: next to no signal, so that bfloat16 weighs more than all of it."""
+    same = model_folder(seed=1)
+    screen = io.StringIO()
+    config = compose_config(overrides(f"teacher.path={same}", "rollout.dtype=bfloat16", "learner.lr=1e-9"))
+    train(config, RunConsole(Console(file=screen, width=300)))
+    run_dir = tmp_path / "runs" / "test"
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (event,) = [e for e in events if e["kind"] == "engine_mismatch"]
+    assert event["message"].startswith("step 1: rollout/logprob_gap_mean ")
+    assert screen.getvalue().count("warning: rollout/logprob_gap_mean ") == 1
 
 
 def test_the_command_says_in_json_and_by_its_exit_code_what_is_wrong(overrides: Callable[..., list[str]]) -> None:
@@ -97,3 +142,18 @@ def test_a_run_is_refused_for_what_the_doctor_calls_red_before_any_worker_starts
 def _doctor(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "opd_ray.doctor", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+
+
+def _exact_kl(student: str, teacher: str, *, groups: Sequence[TrajectoryGroup], temperature: float) -> float:
+    """KL(student || teacher) at every response token's prefix, by transformers in float32."""
+    p, q = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher))
+    parts = []
+    for group in groups:
+        for start, end in itertools.pairwise(group.offsets):
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, group.response_ids[start:end]])).long()[None]
+            with torch.no_grad():
+                log_p, log_q = (
+                    (m(ids).logits[0, len(group.prompt_ids) - 1 : -1] / temperature).log_softmax(-1) for m in (p, q)
+                )
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(parts).mean())

@@ -122,6 +122,27 @@ def test_the_banner_names_a_teacher_that_tasks_share_once():
     assert text.count("teacher    ") == 1
 
 
+def batch_line(*overrides: str) -> str:
+    train = [make_prompt(i, task=task) for task in ("sort", "copy") for i in range(600)]
+    words = describe_run(
+        compose_config("experiment=demo_multi", "batch.num_prompts=12", "rollout.samples_per_prompt=2", *overrides),
+        models=MODELS,
+        prompts=replace(PROMPTS, train=train),
+        run_dir=RunDir(path=Path("/runs/multi")),
+        step=0,
+    )
+    (line,) = [line for line in words if line.startswith("batch")]
+    return line
+
+
+def test_the_trajectories_of_an_update_are_counted_with_the_samples_of_each_task():
+    own = "+tasks={sort: {samples_per_prompt: 5, share: 2}}"
+    assert "12 prompts x 2 samples = 24 trajectories an update" in batch_line()
+    assert "copy 4 prompts x 2, sort 8 prompts x 5 samples = 48 trajectories an update" in batch_line(own)
+    words = batch_line(own, "batch.mode=sequential")
+    assert "one task an update, trajectories: 24 of copy (12 prompts x 2), 60 of sort (12 prompts x 5)" in words
+
+
 def test_the_bytes_a_token_of_several_teachers_are_at_most_those_of_the_widest():
     for dtypes, num_bytes in ((("float32", "bfloat16"), 512), (("bfloat16", "float32"), 512), (("bfloat16",) * 2, 256)):
         given = (f"teachers.sort.dtype={dtypes[0]}", f"teachers.copy.dtype={dtypes[1]}")

@@ -159,6 +159,16 @@ def test_a_text_that_is_no_token_is_refused_by_key_and_text(key: str, given: dic
     assert "objective.mask.text" in words
 
 
+def test_equivalent_tokens_beyond_the_common_vocabulary_are_refused_by_key_and_text():
+    def ids(vocab_size: int) -> ObjectiveIds:
+        config = ObjectiveConfig(kind=ObjectiveKind.full, equivalent_tokens=[["0", "<pad>"]])
+        return objective_ids(config, tokenizer=build_tokenizer(), vocab_size=vocab_size)
+
+    assert ids(PAD + 1).equivalent == ((0, PAD),)
+    words = refusal(lambda: ids(PAD))
+    assert words.startswith(f"objective.equivalent_tokens names '<pad>', id {PAD}: expected ids below {PAD}, the")
+
+
 def test_two_tokens_in_one_text_are_no_token():
     assert "names '12'" in refusal(lambda: ids_of(mask=MaskConfig(tokens=["12"])))
 

@@ -147,3 +147,31 @@ def test_a_run_resumed_at_step_zero_starts_its_files_anew(tmp_path: Path):
     again.log(0, {"eval/accuracy": 0.25})
     assert [line["step"] for line in lines(tmp_path)] == [0]
     assert len(again.history) == 1
+
+
+def test_the_samples_of_a_step_show_every_task_before_any_twice(tmp_path: Path):
+    tracker = open_tracker(tmp_path, num_samples=3)
+    batch = [make_summary(1, text=f"{task}{index}", task=task) for task in ("sort", "copy") for index in range(4)]
+    tracker.log(1, {}, batch)
+    assert [line["text"] for line in lines(tmp_path, "samples.jsonl")] == ["sort0", "copy0", "sort1"]
+
+
+def test_what_was_measured_before_the_first_step_is_logged_with_it_and_no_other(tmp_path: Path):
+    line = StepLine(Console(file=io.StringIO()), name="train", num_steps=9, done=0)
+    gap = {"teacher/engine_gap_mean": 0.01, "teacher/engine_gap_relative": 0.02}
+    tracker = RunTracker(RunDir(path=tmp_path), step=0, num_samples=2, sinks=(), line=line, measured=gap)
+    tracker.log(0, {"eval/accuracy": 0.5})
+    tracker.log(1, {"train/loss": 2.0})
+    assert lines(tmp_path) == [{"step": 0, "eval/accuracy": 0.5, **gap}, {"step": 1, "train/loss": 2.0}]
+
+
+def test_an_engine_mismatch_is_an_event_and_a_line_once(tmp_path: Path):
+    screen = io.StringIO()
+    line = StepLine(Console(file=screen, width=200), name="train", num_steps=9, done=0)
+    tracker = RunTracker(RunDir(path=tmp_path), step=0, num_samples=2, sinks=(), line=line)
+    for step, relative in enumerate((0.01, 0.4, 0.4)):
+        tracker.log(step, {"rollout/logprob_gap_mean": 0.2, "rollout/logprob_gap_relative": relative})
+    (event,) = lines(tmp_path, "events.jsonl")
+    assert event["kind"] == "engine_mismatch"
+    assert event["message"].startswith("step 1: rollout/logprob_gap_mean 0.2 nats a token is 40% of the OPD signal")
+    assert screen.getvalue().count("warning: rollout/logprob_gap_mean") == 1

@@ -12,6 +12,8 @@ from opd_ray.objectives import Losses
 from opd_ray.protocol import RECORDED_VERSION, ScoreSummary
 from workers.learner.inputs import ScoredSequence
 
+_TINY = 1e-30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankBatch:
@@ -29,6 +31,16 @@ class RankBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GapSums:
+    """How far the sampler's log-probs are from the learner's over some tokens, in nats, beside the OPD signal there."""
+
+    num_tokens: int
+    gap_sum: float  # of |learner - sampler| log-prob
+    gap_max: float
+    signal_sum: float  # of `Losses.stats["signal"]`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
     """Sums and maxima over a rank's tokens."""
 
@@ -40,9 +52,9 @@ class RankReport:
     stat_sums: dict[str, float]  # of `Losses.stats` over tokens that count
     diagnostic_sums: dict[str, float]  # of `Losses.diagnostics` over `num_diagnosed` tokens
     num_diagnosed: int
-    fresh_gap_max: float  # |learner - sampler| log-prob, nats, over sequences of the current version; -1 without any
-    stale_gap_max: float  # the same over sequences with older tokens
-    recorded_gap_max: float  # the same over sequences that an earlier run recorded: how far the student is from then
+    fresh_gaps: GapSums  # over sequences of the current version
+    stale_gaps: GapSums  # over sequences with older tokens
+    recorded_gaps: GapSums  # over sequences that an earlier run recorded: how far the student is from then
     age_sum: float  # versions between sampling and learning, summed over tokens that this run sampled
     num_recorded: int  # tokens that count and that an earlier run recorded
     grad_norm: float  # global, before clipping
@@ -60,6 +72,7 @@ class Totals:
     stats: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     diagnostics: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     gaps: list[torch.Tensor] = field(default_factory=list)
+    signals: list[torch.Tensor] = field(default_factory=list)  # of the tokens of `gaps`
     ages: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
     num_sampled: int = 0
@@ -83,9 +96,11 @@ class Totals:
         for name, values in diagnostics.items():
             self.diagnostics.setdefault(name, []).append(values.sum())
             self.num_diagnosed += int(mask[: len(values)].sum()) if name == "student_entropy" else 0
-        self._add_gaps(learner, mask, sequences)
+        self._add_gaps(learner, losses.stats["signal"], mask, sequences)
 
-    def _add_gaps(self, learner: torch.Tensor, mask: torch.Tensor, sequences: Sequence[ScoredSequence]) -> None:
+    def _add_gaps(
+        self, learner: torch.Tensor, signal: torch.Tensor, mask: torch.Tensor, sequences: Sequence[ScoredSequence]
+    ) -> None:
         versions = torch.from_numpy(np.concatenate([s.token_versions for s in sequences]))
         recorded = mask & (versions == RECORDED_VERSION)
         self.num_recorded += int(recorded.sum())
@@ -98,12 +113,14 @@ class Totals:
         known = slice(len(learner))  # the leading tokens whose log-prob the objective gives
         gap = (learner - sampler[known].to(learner.device)).abs()
         self.gaps.append(gap[mask[known].to(gap.device)])
+        self.signals.append(signal[known][mask[known].to(signal.device)])
         self.ages.append(sequence_age[known][mask[known]].to(gap.device))
 
     def report(self, *, denominator: float, grad_norm: float, lr: float, learn_s: float) -> RankReport:
         """Read the sums off the device, once."""
-        gaps, ages = torch.cat(self.gaps), torch.cat(self.ages)
+        gaps, ages, signals = torch.cat(self.gaps), torch.cat(self.ages), torch.cat(self.signals)
         recorded = ages == self.version - RECORDED_VERSION
+        fresh, stale = ages <= 0, (ages > 0) & ~recorded
         return RankReport(
             loss_sum=float(torch.stack(self.loss).sum()),
             denominator=denominator,
@@ -113,9 +130,9 @@ class Totals:
             stat_sums={name: float(torch.stack(values).sum()) for name, values in self.stats.items()},
             diagnostic_sums={name: float(torch.stack(values).sum()) for name, values in self.diagnostics.items()},
             num_diagnosed=self.num_diagnosed,
-            fresh_gap_max=_max(gaps[ages <= 0]),
-            stale_gap_max=_max(gaps[(ages > 0) & ~recorded]),
-            recorded_gap_max=_max(gaps[recorded]),
+            fresh_gaps=_gap_sums(gaps[fresh], signals[fresh]),
+            stale_gaps=_gap_sums(gaps[stale], signals[stale]),
+            recorded_gaps=_gap_sums(gaps[recorded], signals[recorded]),
             age_sum=float(self.age_sum),
             num_recorded=self.num_recorded,
             grad_norm=grad_norm,
@@ -136,6 +153,7 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
         "time/learn_s": max(r.learn_s for r in reports),
     }
     means = {name: sum(r.stat_sums[name] for r in reports) / num_tokens for name in reports[0].stat_sums}
+    metrics["distill/signal"] = means["signal"]
     if "ratio" in means:
         metrics |= {
             "train/ratio_mean": means["ratio"],
@@ -149,12 +167,10 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
     if num_diagnosed:
         names = reports[0].diagnostic_sums
         metrics |= {f"distill/{n}": sum(r.diagnostic_sums[n] for r in reports) / num_diagnosed for n in names}
-    gaps = {
-        "rollout/logprob_gap_max": max(r.fresh_gap_max for r in reports),
-        "rollout/logprob_gap_stale_max": max(r.stale_gap_max for r in reports),
-        "rollout/logprob_gap_recorded_max": max(r.recorded_gap_max for r in reports),
-    }
-    return metrics | _age(reports, num_tokens=num_tokens) | {name: gap for name, gap in gaps.items() if gap >= 0}
+    metrics |= _gap_metrics("rollout/logprob_gap", [r.fresh_gaps for r in reports])
+    metrics |= _gap_metrics("rollout/logprob_gap_stale", [r.stale_gaps for r in reports])
+    metrics |= _gap_metrics("rollout/logprob_gap_recorded", [r.recorded_gaps for r in reports])
+    return metrics | _age(reports, num_tokens=num_tokens)
 
 
 def _age(reports: Sequence[RankReport], *, num_tokens: int) -> dict[str, float]:
@@ -184,5 +200,22 @@ def estimate_name(objective: ObjectiveConfig) -> str:
     return f"{divergence.value}_{objective.kind.value}"
 
 
-def _max(values: torch.Tensor) -> float:
-    return float(values.max()) if len(values) else -1.0
+def _gap_sums(gaps: torch.Tensor, signals: torch.Tensor) -> GapSums:
+    return GapSums(
+        num_tokens=len(gaps),
+        gap_sum=float(gaps.sum()),
+        gap_max=float(gaps.max()) if len(gaps) else 0.0,
+        signal_sum=float(signals.sum()),
+    )
+
+
+def _gap_metrics(name: str, parts: Sequence[GapSums]) -> dict[str, float]:
+    num_tokens = sum(part.num_tokens for part in parts)
+    if num_tokens == 0:
+        return {}
+    gap_sum, signal_sum = sum(part.gap_sum for part in parts), sum(part.signal_sum for part in parts)
+    return {
+        f"{name}_max": max(part.gap_max for part in parts),
+        f"{name}_mean": gap_sum / num_tokens,
+        f"{name}_relative": gap_sum / max(signal_sum, _TINY),
+    }

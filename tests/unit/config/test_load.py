@@ -66,6 +66,13 @@ def test_a_teacher_of_a_task_needs_a_path():
     assert words.startswith("teachers.sort.path is not given")
 
 
+def test_with_a_teacher_for_each_task_the_default_one_needs_no_path():
+    given = [override for override in MANDATORY if not override.startswith("teacher.path=")]
+    config = compose_config(*given, "+teachers={sort: {path: a, num_workers: 2}}", "teacher.num_workers=3")
+    assert (config.teacher.path, config.teacher.num_workers) == ("", 3)
+    assert config.teachers == {"sort": TeacherConfig(path="a", num_workers=2)}
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_holds_together(experiment: str):
     assert isinstance(compose_config(f"experiment={experiment}", "data.path=prompts"), Config)

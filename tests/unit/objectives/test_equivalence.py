@@ -224,3 +224,10 @@ def test_the_diagnosed_mass_of_a_support_includes_whole_classes() -> None:
 def test_classes_that_overlap_or_have_one_member_are_refused_by_their_key(classes: list[list[int]]) -> None:
     with pytest.raises(ValueError, match=r"objective\.equivalent_tokens has ids .*: expected disjoint classes of 2\+"):
         Equivalence.of(classes, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["sampled", "support", "full"])
+def test_an_id_that_not_both_models_have_is_refused_by_its_key(name: str) -> None:
+    problem = random_problem()  # 12 common ids; the student has 13 rows, the teacher 15
+    with pytest.raises(ValueError, match=r"objective\.equivalent_tokens has the id 12: expected ids below 12"):
+        losses_of(name, problem, equivalent_ids=((1, 12),))

@@ -131,3 +131,40 @@ def test_equal_logits_at_the_border_are_all_in() -> None:
     losses = losses_of("sampled", problem, policy=PolicyOptions(top_p=0.5))
     (gradient_NV,) = torch.autograd.grad(losses.loss, logits_NV)
     assert (gradient_NV[0, :5] != 0).all()
+
+
+def test_a_sampled_token_outside_the_nucleus_brings_no_other_id_along() -> None:
+    """The policy is the nucleus and the sampled id: the ids between them stay out."""
+    problem = random_problem(lengths=(1,))
+    logits_NV = torch.tensor([[3.0, 2.0, 1.0, 0.0, *[-5.0] * 8]], dtype=torch.float64).requires_grad_()
+    eye = torch.eye(VOCAB, dtype=torch.float64)
+    tokens = replace(problem.tokens, ids_N=torch.tensor([3]))
+    losses = losses_of(
+        "sampled",
+        replace(problem, hidden_ND=logits_NV, head_VD=eye, tokens=tokens),
+        policy=PolicyOptions(top_p=0.3),
+    )
+    expected = logits_NV.detach()[0, [0, 3]].log_softmax(-1)[1]
+    torch.testing.assert_close(losses.sampled_logprobs_N[0], expected, rtol=0, atol=1e-12)
+    (gradient_NV,) = torch.autograd.grad(losses.loss, logits_NV)
+    assert gradient_NV[0].nonzero().flatten().tolist() == [0, 3]
+
+
+def test_with_equivalent_ids_the_nucleus_is_one_of_merged_outcomes() -> None:
+    """No member of the class is likely by itself, the class as a whole is the likeliest outcome."""
+    problem = random_problem(lengths=(1,))
+    mass_V = torch.tensor([0.3, 0.1, 0.2, 0.2, 0.2], dtype=torch.float64)  # 2, 3 and 4 are one outcome
+    logits_NV = torch.cat([mass_V.log(), torch.full((VOCAB - 5,), -50.0)])[None].double().requires_grad_()
+    tokens = replace(problem.tokens, ids_N=torch.tensor([3]))
+    merged = replace(problem, hidden_ND=logits_NV, head_VD=torch.eye(VOCAB, dtype=torch.float64), tokens=tokens)
+
+    def gradient_at(top_p: float) -> list[int]:
+        losses = losses_of("sampled", merged, policy=PolicyOptions(top_p=top_p), equivalent_ids=((2, 3, 4),))
+        (gradient_NV,) = torch.autograd.grad(losses.loss, logits_NV)
+        return (gradient_NV[0].abs() > 1e-12).nonzero().flatten().tolist()
+
+    # Mass 0.6 of the class alone, then 0.9 with id 0. Over the raw ids 0.3 + 0.2 + 0.2 would be needed for 0.65.
+    assert gradient_at(0.55) == []  # one outcome of probability 1: nothing to learn
+    assert gradient_at(0.65) == [0, 2, 3, 4]
+    losses = losses_of("sampled", merged, policy=PolicyOptions(top_p=0.65), equivalent_ids=((2, 3, 4),))
+    assert float(losses.sampled_logprobs_N[0].exp()) == pytest.approx(0.2 / 0.9, abs=1e-12)

@@ -84,6 +84,20 @@ def test_hidden_states_and_log_probs_of_one_teacher_differ_by_the_baseline_alone
     assert_agrees(losses, naive_N - kl_N * ratio_N, problem, tolerance=1e-12)
 
 
+def test_hidden_states_bring_no_baseline_that_was_not_asked_for() -> None:
+    problem = random_problem(masked=(3,))
+    policy = PolicyOptions(discount=0.9)
+    plain = losses_of("sampled", problem, policy=policy)
+    of_states = losses_of("sampled", problem, policy=policy, signal=problem.signal("hidden"))
+    torch.testing.assert_close(of_states.loss_N, plain.loss_N, rtol=0, atol=1e-12)
+
+
+def test_the_kl_baseline_is_refused_where_the_teacher_sent_sampled_log_probs() -> None:
+    problem = random_problem()
+    with pytest.raises(ValueError, match=r"^objective\.baseline = kl: .* expected hidden states"):
+        losses_of("sampled", problem, policy=PolicyOptions(kl_baseline=True), signal=problem.signal("sampled"))
+
+
 @pytest.mark.parametrize("poisoned", ["student", "teacher"])
 def test_rows_beyond_the_common_vocabulary_change_nothing(poisoned: str) -> None:
     """Trap 8, with the teacher's log-probs and with its hidden states."""

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 
 from opd_ray.config.schema import Dtype
-from opd_ray.preflight.engines import Gap, gap, opd_signal, replicas, same_temperature, self_kl
+from opd_ray.preflight.engines import (
+    Gap,
+    engine_gap_metrics,
+    gap,
+    opd_signal,
+    reference_gap,
+    replicas,
+    same_temperature,
+    self_kl,
+)
 from opd_ray.preflight.finding import Status
 
 RNG = np.random.default_rng(0)
@@ -18,7 +27,7 @@ def test_the_kl_of_a_gap_is_the_expectation_over_the_first_engines_tokens():
 
 def test_a_kl_beyond_rounding_is_red_and_beyond_a_tenth_of_the_signal_yellow():
     def judge(kl: float, *, dtype: Dtype = Dtype.float32, signal: float = 1.0) -> Status:
-        return self_kl(Gap(kl=kl, mean=0, largest=0), dtype=dtype, signal=signal).status
+        return self_kl(kl, dtypes=[Dtype.float32, dtype], signal=signal).status
 
     assert judge(1e-6) is Status.ok
     assert judge(2e-3) is Status.error
@@ -51,3 +60,31 @@ def test_a_signal_of_nothing_is_a_warning_and_none_at_all_an_error():
     assert opd_signal({"teacher": 0.4}).status is Status.ok
     assert opd_signal({"teachers.a": 0.4, "teachers.b": 1e-6}).status is Status.warning
     assert opd_signal({"teacher": float("inf")}).status is Status.error
+
+
+def test_an_engine_that_costs_more_than_a_tenth_of_the_signal_is_yellow_and_one_that_costs_all_of_it_red():
+    def judge(mean: float, *, signal: float = 0.5) -> Status:
+        engine = Gap(kl=0, mean=mean, largest=mean)
+        return reference_gap("teacher", engine, dtype=Dtype.float32, signal=signal).status
+
+    assert judge(0.049) is Status.ok
+    assert judge(0.051) is Status.warning
+    assert judge(0.51) is Status.error
+    assert judge(5e-4, signal=1e-4) is Status.ok  # student and teacher are one, and so is the engine
+    assert judge(float("nan")) is Status.error
+
+
+def test_the_engine_gap_of_a_run_is_that_of_its_worst_teacher_and_several_have_their_own():
+    near, far = Gap(kl=0, mean=0.125, largest=1), Gap(kl=0, mean=0.25, largest=1)
+    assert engine_gap_metrics({"teacher": (near, 0.5)}) == {
+        "teacher/engine_gap_mean": 0.125,
+        "teacher/engine_gap_relative": 0.25,
+    }
+    assert engine_gap_metrics({"a": (near, 0.5), "b": (far, 4.0)}) == {
+        "teacher/engine_gap_mean": 0.25,
+        "teacher/engine_gap_relative": 0.25,
+        "teacher/engine_gap_mean_a": 0.125,
+        "teacher/engine_gap_relative_a": 0.25,
+        "teacher/engine_gap_mean_b": 0.25,
+        "teacher/engine_gap_relative_b": 0.0625,
+    }

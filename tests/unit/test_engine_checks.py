@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+from fakes import make_prompt
+
+from opd_ray.engine_checks import handful, leading_tokens
+from opd_ray.protocol import TrajectoryGroup
+
+
+def make_group(prompt: list[int], *responses: list[int]) -> TrajectoryGroup:
+    num_tokens = sum(map(len, responses))
+    return TrajectoryGroup(
+        prompt_ids=np.array(prompt, dtype=np.int32),
+        response_ids=np.concatenate(responses).astype(np.int32),
+        offsets=np.cumsum([0, *map(len, responses)]).astype(np.int32),
+        sampled_logprobs=np.zeros(num_tokens, dtype=np.float32),
+        token_versions=np.zeros(num_tokens, dtype=np.int32),
+        loss_mask=np.ones(num_tokens, dtype=np.bool_),
+        support_ids=np.empty((num_tokens, 0), dtype=np.int32),
+        rewards=np.empty(0, dtype=np.float32),
+        finish=np.zeros(len(responses), dtype=np.int8),
+        prompt_index=0,
+        task="exact",
+        seed=0,
+    )
+
+
+def test_a_handful_has_prompts_of_every_task_and_one_for_each_rank():
+    prompts = [make_prompt(index, task=task) for task in ("sort", "copy") for index in range(9)]
+    chosen = [(p.task, p.index) for p in handful(prompts, num_ranks=2)]
+    assert chosen == [(task, index) for task in ("sort", "copy") for index in range(4)]
+    assert len(handful(prompts, num_ranks=7)) == 14
+
+
+GROUPS = [make_group([1, 2], [10, 11, 12], [13]), make_group([3], [20], [21, 22]), make_group([4], [30, 31, 32])]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ids"),
+    [
+        (1, [10]),
+        (3, [10, 20, 30]),
+        (4, [10, 11, 20, 30]),
+        (5, [10, 11, 20, 30, 31]),  # the second response has only one: the third makes up for it
+        (99, [10, 11, 12, 20, 30, 31, 32]),
+    ],
+)
+def test_the_tokens_for_the_reference_are_the_first_of_each_groups_first_response(num_tokens: int, ids: list[int]):
+    rows_N, samples = leading_tokens(GROUPS, num_tokens=num_tokens)
+    flat_N = np.concatenate([group.response_ids for group in GROUPS])
+    assert flat_N[rows_N].tolist() == ids
+    assert np.concatenate([response_ids for _, response_ids in samples]).tolist() == ids
+    prompts = {10: [1, 2], 20: [3], 30: [4]}
+    assert [prompt_ids.tolist() for prompt_ids, _ in samples] == [prompts[i] for i in ids if i % 10 == 0]

@@ -198,7 +198,8 @@ def test_a_student_learns_from_itself_with_the_answer_in_sight(own: Overrides, t
     summary = _train(
         own(
             f"student.path={tmp_path}/student",
-            "student.build={num_steps: 20, hidden_size: 64}",
+            "student=tiny",
+            "student.build.num_steps=20",
             "teacher.context='{answer}+{prompt}'",
             "num_steps=25",
             "batch.num_prompts=16",

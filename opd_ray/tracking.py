@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from opd_ray.config.schema import Config, TrackingKind
+from opd_ray.config.schema import Config
+from opd_ray.config.services import TrackingKind
 from opd_ray.console import StepLine
 from opd_ray.metrics import rollout_metrics, samples_shown
 from opd_ray.mismatch import MismatchWatch

@@ -3,7 +3,9 @@
 import os
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,8 +23,8 @@ from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
 from opd_ray.config.validate import validate_vocabulary
 from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets
-from opd_ray.data.models import inspect_models
-from opd_ray.data.prompts import load_prompts
+from opd_ray.data.models import Models, inspect_models
+from opd_ray.data.prompts import PromptSets, load_prompts
 from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts, with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.engine_checks import EngineTest, teacher_gaps
@@ -32,7 +34,7 @@ from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
 from opd_ray.quarantine import DiskQuarantine
 from opd_ray.replay import prepare_recording, replayed
-from opd_ray.requests import objective_ids
+from opd_ray.requests import ObjectiveIds, objective_ids
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
@@ -53,44 +55,29 @@ def train(config: Config, console: RunConsole) -> Metrics:
     start = time.perf_counter()
     run_dir = RunDir.of(config)
     check_free(run_dir, config.resume)
-    teachers = teachers_of(config)
-    workers.check_teachers(config, teachers.by_name.values())
-    _build_missing_models(config, console)
-    models = inspect_models(
-        student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
-    )
-    validate_vocabulary(config, vocab_size=models.vocab_size)
-    ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
-    prompts = load_prompts(config, tokenizer=models.tokenizer)
-    models, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
-    room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
-    check_teacher_room(config, room)
+    plan = _plan(config, console)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(
-        [*machine_findings(config), *model_findings(config, vocab_size=models.vocab_size, local=local)]
+        [*machine_findings(config), *model_findings(config, vocab_size=plan.models.vocab_size, local=local)]
     )
     with workers.connected(config):
         step = claim(run_dir, config.resume)
         (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        prepare_recording(config, run_dir.scores, models=models, ids=ids, step=step)
-        if prompts.num_dropped:
-            record_event(run_dir, kind="prompts_dropped", message=f"{prompts.num_dropped} empty or too long")
+        prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)
+        if plan.prompts.num_dropped:
+            record_event(run_dir, kind="prompts_dropped", message=f"{plan.prompts.num_dropped} empty or too long")
         for warning in warnings:
             record_event(run_dir, kind="preflight_warning", message=warning)
             console.say(f"warning: {warning}")
         sinks = open_sinks(config, run_dir)
-        words = describe_run(config, models=models, prompts=prompts, run_dir=run_dir, step=step)
+        words = describe_run(config, models=plan.models, prompts=plan.prompts, run_dir=run_dir, step=step)
         console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
-        of_run = held_out(config, prompts)
+        of_run = held_out(config, plan.prompts)
         measured = _measure_teacher(config, held_out=of_run, console=console)
-        gaps = _measure_engines(config, held_out=of_run, vocab_size=models.vocab_size, console=console)
+        gaps = _measure_engines(config, held_out=of_run, vocab_size=plan.models.vocab_size, console=console)
         with ExitStack() as stack:
             with console.phase("start workers"):
-                fleets = stack.enter_context(
-                    workers.open_fleets(
-                        config, vocab_size=models.vocab_size, ids=ids, prompt_tokens=room, log_dir=run_dir.logs
-                    )
-                )
+                fleets = stack.enter_context(plan.open_fleets(config, log_dir=run_dir.logs))
                 checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
                 checkpoints.restore(step, fleets.learner, fleets.teacher)
                 stack.enter_context(saved_when_stopped(checkpoints, fleets))
@@ -105,7 +92,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                     config,
                     fleets=fleets,
                     training=training,
-                    prompts=prompts,
+                    prompts=plan.prompts,
                     checkpoints=checkpoints,
                     tracker=tracker,
                     quarantine=DiskQuarantine(run_dir, say=console.say),
@@ -118,6 +105,42 @@ def train(config: Config, console: RunConsole) -> Metrics:
     console.table("Result", result_rows(summary, history=tracker.history, phases=console.phase_seconds))
     console.say("\n".join(closing_words(run_dir)))
     return summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What a run is made of, checked before any worker starts."""
+
+    models: Models
+    ids: ObjectiveIds
+    prompts: PromptSets
+    prompt_tokens: Mapping[str, int]  # of each teacher's longest prompt
+
+    def open_fleets(self, config: Config, *, log_dir: Path) -> AbstractContextManager[Fleets]:
+        return workers.open_fleets(
+            config,
+            vocab_size=self.models.vocab_size,
+            ids=self.ids,
+            prompt_tokens=self.prompt_tokens,
+            log_dir=log_dir,
+        )
+
+
+def _plan(config: Config, console: RunConsole) -> _Plan:
+    """Build the tiny models that are missing, read models and prompts. Raises ValueError for what does not fit."""
+    teachers = teachers_of(config)
+    workers.check_teachers(config, teachers.by_name.values())
+    _build_missing_models(config, console)
+    models = inspect_models(
+        student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
+    )
+    validate_vocabulary(config, vocab_size=models.vocab_size)
+    ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
+    prompts = load_prompts(config, tokenizer=models.tokenizer)
+    models, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
+    room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
+    check_teacher_room(config, room)
+    return _Plan(models=models, ids=ids, prompts=prompts, prompt_tokens=room)
 
 
 def main() -> None:

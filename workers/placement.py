@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group
 
-from opd_ray.config.schema import ClusterConfig, Config
+from opd_ray.config.schema import Config
+from opd_ray.config.services import ClusterConfig
 from opd_ray.routing import DEFAULT_TEACHER, teachers_of
 
 _CONNECT_TIMEOUT_S = 10.0

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
+from opd_ray.config.services import ClusterConfig, TrackingConfig
 from opd_ray.config.teacher import (
     AlignmentKind,
     CacheTeacherConfig,
@@ -47,13 +48,6 @@ class BatchMode(StrEnum):
 
     mixed = "mixed"  # every update has prompts of every task
     sequential = "sequential"  # one task an update, in turn
-
-
-class TrackingKind(StrEnum):
-    """The sink beside metrics.jsonl."""
-
-    wandb = "wandb"
-    none = "none"
 
 
 class LrSchedule(StrEnum):
@@ -260,26 +254,6 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in ("num_prompts", "samples_per_prompt"):
             _require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "an integer of at least 1")
-
-
-@dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """The Ray cluster."""
-
-    address: str | None = None  # None: RAY_ADDRESS if set (as in a submitted job), else a cluster of this process
-    num_cpus: int | None = None  # CPUs of a cluster of this process; None: all of the machine
-    placement_timeout_s: float = 600.0
-    threads_per_worker: int = 0  # CPU threads of torch in each worker; 0: torch's own choice
-
-
-@dataclass(kw_only=True, slots=True)
-class TrackingConfig:
-    """Where metrics go besides metrics.jsonl."""
-
-    kind: TrackingKind
-    project: str = "opd-ray"
-    entity: str | None = None
-    num_samples: int = 2  # sampled texts written to samples.jsonl a step
 
 
 @dataclass(kw_only=True, slots=True)

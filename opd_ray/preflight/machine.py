@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
-from opd_ray.config.schema import Config, ResumePolicy, TrackingKind
+from opd_ray.config.schema import Config, ResumePolicy
+from opd_ray.config.services import TrackingKind
 from opd_ray.config.teacher import TeacherKind
 from opd_ray.preflight.finding import Finding, error, ok, size, warning
 from opd_ray.state import RunDir, check_free

@@ -31,7 +31,7 @@ def test_accuracies_are_left_out_where_prompts_have_no_answers():
 def test_the_kl_is_left_out_where_there_is_no_teacher_to_ask():
     events: list[Event] = []
     fleets = fake_fleets(events, rewards=[1.0, 0.0])
-    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=None).evaluate(2)
+    metrics = FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=None, quarantine=FakeQuarantine()).evaluate(2)
     assert set(metrics) == {"eval/accuracy", "eval/accuracy_avg", "time/eval_s"}
     assert [event[0] for event in events] == ["generate", "generate"]
 

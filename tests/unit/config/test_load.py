@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.objective import ObjectiveKind
-from opd_ray.config.schema import Config, DataKind, Dtype, TaskConfig, TeacherConfig, TinyModelConfig, TrackingKind
+from opd_ray.config.schema import Config, DataKind, Dtype, TaskConfig, TeacherConfig, TinyModelConfig
+from opd_ray.config.services import TrackingKind
 
 CHOICES = [
     (group.name, choice.stem)

@@ -17,9 +17,8 @@ from opd_ray.config.schema import (
     TaskConfig,
     TeacherConfig,
     TinyModelConfig,
-    TrackingConfig,
-    TrackingKind,
 )
+from opd_ray.config.services import TrackingConfig, TrackingKind
 
 
 def a_teacher(**given: object) -> TeacherConfig:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from config_files import MANDATORY, compose_config
 
-from opd_ray.config.schema import TrackingKind
+from opd_ray.config.services import TrackingKind
 from opd_ray.preflight.finding import GIB, Finding, Status
 from opd_ray.preflight.machine import (
     dashboard,

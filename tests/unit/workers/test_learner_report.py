@@ -305,7 +305,8 @@ def test_tokens_that_an_earlier_run_recorded_have_no_age_and_a_gap_of_their_own(
     totals = Totals(version=3)
     totals.add(losses([1.0, 1.0], [1.0, 1.0], [-0.5, -9.0]), recorded)
     report = report_of(totals)
-    assert (report.recorded_gap_max, report.fresh_gap_max, report.stale_gap_max) == (0.5, -1.0, -1.0)
+    assert (report.recorded_gaps.num_tokens, report.recorded_gaps.gap_max) == (1, 0.5)
+    assert report.fresh_gaps == report.stale_gaps == NO_GAPS
     assert (report.num_recorded, report.age_sum) == (1, 0.0)
     metrics = combine([report], estimate="reverse_kl_sampled")
     assert metrics["rollout/logprob_gap_recorded_max"] == 0.5

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from config_files import compose_config, refusal
 
-from opd_ray.config.schema import ClusterConfig
+from opd_ray.config.services import ClusterConfig
 from workers.placement import Pool, connect, is_local, pools, teacher_role
 
 

@@ -1,0 +1,31 @@
+"""The configuration of what a run uses besides its models: the Ray cluster, and where metrics go."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class TrackingKind(StrEnum):
+    """The sink beside metrics.jsonl."""
+
+    wandb = "wandb"
+    none = "none"
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The Ray cluster."""
+
+    address: str | None = None  # None: RAY_ADDRESS if set (as in a submitted job), else a cluster of this process
+    num_cpus: int | None = None  # CPUs of a cluster of this process; None: all of the machine
+    placement_timeout_s: float = 600.0
+    threads_per_worker: int = 0  # CPU threads of torch in each worker; 0: torch's own choice
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: TrackingKind
+    project: str = "opd-ray"
+    entity: str | None = None
+    num_samples: int = 2  # sampled texts written to samples.jsonl a step

@@ -12,6 +12,8 @@ from opd_ray.requests import score_request
 from opd_ray.routing import teachers_of
 from opd_ray.state import RunDir
 
+_BYTES_PER_ID = 6  # of a support, with its log-prob
+
 
 def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
     """Return the lines that say what the run is made of."""
@@ -42,12 +44,17 @@ def teacher_bytes_per_token(config: Config, models: Models) -> int:
     match request.payload:
         case Payload.support:
             num_ids = request.top_k * (2 if request.support == "union" else 1) + request.include_sampled
-            return 8 * num_ids + sampled
+            return _BYTES_PER_ID * num_ids + _page_bytes(models.vocab_size) + sampled
         case Payload.hidden:
             widths = [2 if t.dtype.value == "bfloat16" else 4 for t in teachers_of(config).by_name.values()]
             return models.teacher_hidden_size * max(widths) + sampled
         case Payload.sampled:
             return sampled
+
+
+def _page_bytes(vocab_size: int) -> int:
+    """Return what ids of more than 16 bits add to a token's support: 2 bytes for each further 65,536 of them."""
+    return 2 * ((vocab_size - 1) // 2**16)
 
 
 def describe_objective(config: ObjectiveConfig) -> str:

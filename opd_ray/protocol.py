@@ -1,6 +1,7 @@
 """What the parts say to each other: messages between actors, and the Protocols the loop is written against.
 
-Array suffixes: P prompt tokens, N flat response tokens of a group, G samples of a group, K support size, D hidden size.
+Array suffixes: P prompt tokens, N flat response tokens of a group, G samples of a group, K support size, H pages of
+65,536 ids beyond the first, D hidden size.
 Index t of any per-token array speaks of token t itself, never of the next one. Log-probs are in nats.
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
+UInt16 = npt.NDArray[np.uint16]
 Float32 = npt.NDArray[np.float32]
 Metrics = Mapping[str, float]
 Ref = Any  # a reference to a value in the object store: `ray.ObjectRef` outside tests
@@ -126,9 +128,7 @@ class ScoreRequest:
     top_k: int = 0
     top_p: float = 1.0  # below 1: the fewest of the teacher's top_k that hold this mass
     include_sampled: bool = False  # the sampled token joins the support
-    normalised: bool = (
-        True  # log-probs over the full vocabulary; false: up to a constant per token, which may be cheaper
-    )
+    normalised: bool = True  # over the full vocabulary; false: up to a constant per token, which may be cheaper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,23 +139,20 @@ class SampledScore:
     # [N] false: the teacher says nothing of the token, which belongs in no loss; [0]: all are valid
     valid_N: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
 
-    @property
-    def num_bytes(self) -> int:
-        """Return the size of the arrays."""
-        return self.logprobs_N.nbytes + self.valid_N.nbytes
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportScore:
-    """The teacher's log-probs on a small set of ids: 8K bytes a token."""
+    """The teacher's log-probs on a small set of ids: 6K + 2H bytes a token, packed by `workers.support_codec`."""
 
-    ids_NK: Int32  # [N,K] distinct in a row; -1: no id
-    logprobs_NK: Float32  # [N,K] full vocabulary, at the rollout temperature; up to a constant where so asked
+    low_ids_NK: UInt16  # [N,K] the 16 low bits of each id; ids are distinct in a row
+    page_starts_NH: UInt16  # [N,H] first column with an id of 65,536 (h + 1) or more; ids are sorted unless H = 0
+    logprobs_NK: Float32  # [N,K] full vocabulary, at the rollout temperature; -inf: no id
     sampled_logprobs_N: Float32  # [N] of the sampled tokens; [0] when not asked for
 
     def __post_init__(self) -> None:
-        if self.ids_NK.shape != self.logprobs_NK.shape:
-            raise ValueError(f"SupportScore: ids {self.ids_NK.shape} and logprobs {self.logprobs_NK.shape} differ")
+        if self.low_ids_NK.shape != self.logprobs_NK.shape:
+            raise ValueError(f"SupportScore: ids {self.low_ids_NK.shape} and logprobs {self.logprobs_NK.shape} differ")
+        _check_length(self, "page_starts_NH", len(self.low_ids_NK))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +172,7 @@ class ScoreSummary:
 
     num_tokens: int  # response tokens scored
     num_bytes: int  # of the payload
+    dropped_mass_sum: float  # probability of the ids that only the teacher has, summed over tokens; NaN: not computed
     score_s: float  # from the group's arrival at the worker to its score
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 class _Request:
     token_ids: list[int]
     params: Any  # vllm.SamplingParams | vllm.PoolingParams
+    cache_salt: str | None
     done: "Future[Any]"
 
 
@@ -45,10 +46,13 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
-    def submit(self, token_ids: npt.NDArray[np.int32], params: Any) -> "Future[Any]":
-        """Queue one sequence; the future resolves to vLLM's finished output."""
+    def submit(self, token_ids: npt.NDArray[np.int32], params: Any, *, cache_salt: str | None = None) -> "Future[Any]":
+        """Queue one sequence; the future resolves to vLLM's finished output.
+
+        cache_salt: share cached prefixes only with requests of the same salt; None: with those of the loop's.
+        """
         done: Future[Any] = Future()
-        self._put(_Request(token_ids=token_ids.tolist(), params=params, done=done))
+        self._put(_Request(token_ids=token_ids.tolist(), params=params, cache_salt=cache_salt, done=done))
         return done
 
     def call(self, function: Callable[[], Any]) -> "Future[Any]":
@@ -99,8 +103,9 @@ class EngineLoop:
         if not item.done.set_running_or_notify_cancel():  # from here on its caller cannot cancel it
             return
         prompt: dict[str, Any] = {"prompt_token_ids": item.token_ids}
-        if self.cache_salt is not None:
-            prompt["cache_salt"] = self.cache_salt
+        salt = self.cache_salt if item.cache_salt is None else item.cache_salt
+        if salt is not None:
+            prompt["cache_salt"] = salt
         self._num_requests += 1
         request_id = str(self._num_requests)
         try:

@@ -10,10 +10,11 @@ from opd_ray.data.hub import local_folder
 _NAMES = ("lm_head.weight", "model.embed_tokens.weight")  # untied, tied
 
 
-def load_head(model_path: str, *, vocab_size: int) -> torch.Tensor:
+def load_head(model_path: str, *, vocab_size: int | None = None) -> torch.Tensor:
     """Return the output head [vocab_size, D] of a Hugging Face model.
 
-    A tied model has no head of its own: its input embedding is the head. Rows beyond `vocab_size` (padding) are cut.
+    A tied model has no head of its own: its input embedding is the head. Rows beyond `vocab_size` (padding) are cut;
+    None: all rows.
     Raises ValueError when the checkpoint holds neither.
     """
     folder = local_folder(model_path)

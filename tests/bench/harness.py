@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from measure import Cost
 
@@ -36,6 +37,11 @@ def at_most(limit: float, *, part: str, name: str, value: float, unit: str) -> F
     return Figure(part=part, name=name, value=value, unit=unit, target=f"<= {limit:g}", holds=value <= limit)
 
 
+def at_least(limit: float, *, part: str, name: str, value: float, unit: str) -> Figure:
+    """Return a figure whose target is a lower limit; NaN misses it."""
+    return Figure(part=part, name=name, value=value, unit=unit, target=f">= {limit:g}", holds=value >= limit)
+
+
 def record(figures: Sequence[Figure], *, path: Path = BENCH_FILE) -> None:
     """Merge figures into the file: those of the same part and name are replaced, the others kept.
 
@@ -50,10 +56,15 @@ def record(figures: Sequence[Figure], *, path: Path = BENCH_FILE) -> None:
 
 
 def run_cell(script: str, *arguments: str, extra_packages: bool = False) -> Cost:
-    """Run a script of this folder in a fresh process and return the cost that it prints as its last line (JSON).
+    """Run a script of this folder in a fresh process and return the cost that it prints; see `run_script`."""
+    return Cost(**run_script(script, *arguments, extra_packages=extra_packages))
+
+
+def run_script(script: str, *arguments: str, extra_packages: bool = False) -> Any:
+    """Run a script of this folder in a fresh process and return what it prints as its last line, JSON.
 
     extra_packages: put the packages that only the benchmark has on its path.
-    Raises RuntimeError, with the end of what the cell wrote, when it fails.
+    Raises RuntimeError, with the end of what the script wrote, when it fails.
     """
     packages = [str(_ROOT)] + ([str(_EXTRA_PACKAGES)] if extra_packages else [])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(packages)}
@@ -61,4 +72,4 @@ def run_cell(script: str, *arguments: str, extra_packages: bool = False) -> Cost
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+    return json.loads(done.stdout.splitlines()[-1])

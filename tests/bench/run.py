@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from harness import Figure, record
 from loss import loss
 from loss_gpu import loss_gpu
+from teacher import teacher
 
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "loss": loss,
     "loss_gpu": loss_gpu,
+    "teacher": teacher,
 }
 
 

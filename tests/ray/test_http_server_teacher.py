@@ -23,6 +23,7 @@ from helpers import make_group, reference_logprobs, reference_model, sampled
 
 from opd_ray.config.teacher import HttpTeacherConfig
 from opd_ray.protocol import Payload, SampledScore, ScoreRequest, SupportScore, TrajectoryGroup
+from workers.support_codec import support_ids
 from workers.teacher.errors import TeacherDown
 from workers.teacher.http import HttpTeacherWorker
 
@@ -104,7 +105,7 @@ async def _check_scores(worker: HttpTeacherWorker, model: torch.nn.Module, group
     np.testing.assert_allclose(one.logprobs_N, sampled(truth_NV, group).numpy(), atol=1e-3)
     assert isinstance(top, SupportScore)
     np.testing.assert_allclose(top.logprobs_NK, truth_NV.topk(4).values.numpy(), atol=1e-3)
-    gathered = truth_NV.gather(1, torch.from_numpy(top.ids_NK.astype(np.int64)))
+    gathered = truth_NV.gather(1, torch.from_numpy(support_ids(top).astype(np.int64)))
     np.testing.assert_allclose(top.logprobs_NK, gathered.numpy(), atol=1e-3)
     np.testing.assert_allclose(top.sampled_logprobs_N, one.logprobs_N, atol=1e-3)
 
@@ -113,7 +114,7 @@ async def _check_renormalised(worker: HttpTeacherWorker, model: torch.nn.Module,
     _, score = await worker.score(group, _RENORMALISED)
     assert isinstance(score, SupportScore)
     logits_NV = reference_logprobs(model, group).detach() / _TEMPERATURE
-    expected = logits_NV.gather(1, torch.from_numpy(score.ids_NK.astype(np.int64))).log_softmax(-1)
+    expected = logits_NV.gather(1, torch.from_numpy(support_ids(score).astype(np.int64))).log_softmax(-1)
     given = torch.from_numpy(score.logprobs_NK).log_softmax(-1)
     np.testing.assert_allclose(given.numpy(), expected.numpy(), atol=1e-3)
 

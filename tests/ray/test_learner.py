@@ -23,7 +23,6 @@ from opd_ray.protocol import (
     Score,
     ScoreHandle,
     ScoreSummary,
-    SupportScore,
     TrajectoryGroup,
 )
 from opd_ray.requests import ObjectiveIds
@@ -32,6 +31,7 @@ from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.placement import pools, reserve
+from workers.support_codec import pack_support
 from workers.weights import read_tensors
 
 pytestmark = pytest.mark.ray
@@ -63,11 +63,8 @@ def _score(model: Any, group: TrajectoryGroup, kind: ObjectiveKind) -> Score:
     if kind is ObjectiveKind.sampled:
         return SampledScore(logprobs_N=sampled(logprobs_NV, group).numpy())
     top = logprobs_NV.topk(_TOP_K)
-    return SupportScore(
-        ids_NK=top.indices.to(torch.int32).numpy(),
-        logprobs_NK=top.values.numpy(),
-        sampled_logprobs_N=np.empty(0, dtype=np.float32),
-    )
+    ids_NK = top.indices.to(torch.int32).numpy()
+    return pack_support(ids_NK, top.values.numpy(), sampled_logprobs_N=np.empty(0, dtype=np.float32))
 
 
 def _batch(teacher: Any, kind: ObjectiveKind = ObjectiveKind.full) -> Batch:
@@ -86,7 +83,7 @@ def _batch(teacher: Any, kind: ObjectiveKind = ObjectiveKind.full) -> Batch:
             text="",
             generate_s=0.0,
         )
-        scored = ScoreSummary(num_tokens=len(group.response_ids), num_bytes=1, score_s=0.0)
+        scored = ScoreSummary(num_tokens=len(group.response_ids), num_bytes=1, dropped_mass_sum=0.25, score_s=0.0)
         groups.append(GroupHandle(task="exact", summary=ray.put(summary), group=ray.put(group)))
         scores.append(
             ScoreHandle(teacher="teacher", summary=ray.put(scored), score=ray.put(_score(teacher, group, kind)))
@@ -245,6 +242,7 @@ def test_masks_and_means_are_those_of_the_global_batch(
     published = _published(learner)
 
     assert metrics["train/kept_token_fraction"] == pytest.approx(16 / 21)
+    assert metrics["teacher/dropped_mass"] == pytest.approx(4 * 0.25 / 21)
     _plain_update(student, _masked_sequence_means(student, teacher, kind), lr=config.learner.lr)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(published[name], parameter.detach(), atol=1e-5, rtol=1e-5, msg=name)

@@ -47,14 +47,14 @@ def test_the_banner_counts_dropped_prompts_and_says_when_a_run_is_resumed():
     ("overrides", "num_bytes"),
     [
         (["objective=sampled"], 4),
-        (["objective=support", "objective.top_k=12"], 96),
-        (["objective=support", "objective.top_k=12", "objective.support=student"], 96),
-        (["objective=support", "objective.top_k=12", "objective.support=union"], 192),
-        (["objective=support", "objective.top_k=12", "objective.include_sampled=true"], 104),
-        (["objective=support", "objective.top_k=12", "objective.support=union", "objective.include_sampled=true"], 200),
-        (["objective=support", "objective.top_k=12", "objective.tail=bucket"], 96),
-        (["objective=support", "objective.top_k=12", "objective.tail=sampled_corrected"], 100),
-        (["objective=support", "objective.top_k=12", "objective.weight.drift_rate=0.1"], 100),
+        (["objective=support", "objective.top_k=12"], 72),
+        (["objective=support", "objective.top_k=12", "objective.support=student"], 72),
+        (["objective=support", "objective.top_k=12", "objective.support=union"], 144),
+        (["objective=support", "objective.top_k=12", "objective.include_sampled=true"], 78),
+        (["objective=support", "objective.top_k=12", "objective.support=union", "objective.include_sampled=true"], 150),
+        (["objective=support", "objective.top_k=12", "objective.tail=bucket"], 72),
+        (["objective=support", "objective.top_k=12", "objective.tail=sampled_corrected"], 76),
+        (["objective=support", "objective.top_k=12", "objective.weight.drift_rate=0.1"], 76),
         (["objective=sampled", "objective.weight.drift_rate=0.1"], 4),
         (["objective=sampled", "objective.baseline=kl", "teacher.dtype=bfloat16"], 256),
         (
@@ -70,6 +70,12 @@ def test_the_bytes_a_token_are_those_of_the_objectives_payload(overrides: list[s
     assert teacher_bytes_per_token(compose_config("experiment=demo", *overrides), MODELS) == num_bytes
 
 
+@pytest.mark.parametrize(("vocab_size", "num_bytes"), [(65_536, 72), (65_537, 74), (151_936, 76), (262_144, 78)])
+def test_ids_of_more_than_16_bits_take_a_few_bytes_a_token_more(vocab_size: int, num_bytes: int):
+    config = compose_config("experiment=demo", "objective=support", "objective.top_k=12")
+    assert teacher_bytes_per_token(config, replace(MODELS, vocab_size=vocab_size)) == num_bytes
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -77,7 +83,7 @@ def test_the_bytes_a_token_are_those_of_the_objectives_payload(overrides: list[s
         (["objective=sampled", "objective.baseline=group_mean"], "sampled, discount 0, baseline group_mean; 4 bytes"),
         (
             ["objective=support", "objective.top_k=12", "objective.support=union", "objective.tail=bucket"],
-            "support, reverse_kl, union top-12, tail bucket; 192 bytes",
+            "support, reverse_kl, union top-12, tail bucket; 144 bytes",
         ),
         (["objective=full", "objective.divergence=jsd", "teacher.dtype=float32"], "full, jsd; 512 bytes"),
         (["objective=full", "teacher.dtype=float32", "objective.chunk_tokens=1"], "full, reverse_kl; 512 bytes"),

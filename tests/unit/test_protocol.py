@@ -42,7 +42,8 @@ GROUP = TrajectoryGroup(
     seed=11,
 )
 SUPPORT = SupportScore(
-    ids_NK=np.arange(6, dtype=np.int32).reshape(3, 2),
+    low_ids_NK=np.arange(6, dtype=np.uint16).reshape(3, 2),
+    page_starts_NH=np.array([[1, 2], [0, 1], [2, 2]], dtype=np.uint16),
     logprobs_NK=np.zeros((3, 2), np.float32),
     sampled_logprobs_N=np.linspace(-2, 0, 3, dtype=np.float32),
 )
@@ -62,7 +63,7 @@ MESSAGES = [
     HiddenScore(
         hidden_ND=np.arange(8, dtype=np.uint16).reshape(2, 4), sampled_logprobs_N=np.zeros(0, dtype=np.float32)
     ),
-    ScoreSummary(num_tokens=5, num_bytes=20, score_s=0.1),
+    ScoreSummary(num_tokens=5, num_bytes=20, dropped_mass_sum=0.01, score_s=0.1),
     *HANDLES["groups"],
     *HANDLES["scores"],
     Batch(step=2, groups=HANDLES["groups"], scores=HANDLES["scores"]),
@@ -146,6 +147,8 @@ def test_offsets_that_do_not_span_all_tokens_are_refused(offsets: list[int]):
 def test_a_support_whose_ids_and_logprobs_differ_in_shape_is_refused():
     with pytest.raises(ValueError, match=r"SupportScore: ids \(3, 2\) and logprobs \(3, 1\) differ"):
         replace(SUPPORT, logprobs_NK=SUPPORT.logprobs_NK[:, :1])
+    with pytest.raises(ValueError, match=r"SupportScore\.page_starts_NH has 2 entries, expected 3"):
+        replace(SUPPORT, page_starts_NH=SUPPORT.page_starts_NH[:2])
 
 
 def test_every_objective_asks_for_a_payload_of_the_protocol():

@@ -11,7 +11,7 @@ from opd_ray.data.models import hidden_size
 from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
 from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
-from workers.learner.report import RankBatch, combine, estimate_name
+from workers.learner.report import RankBatch, combine, estimate_name, teacher_metrics
 from workers.learner.worker import LearnerWorker
 
 
@@ -40,8 +40,7 @@ class RayLearner:
         reports = ray.get([rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
         return {
             **combine(reports, estimate=estimate_name(self._objective)),
-            "teacher/bytes_per_token": sum(s.num_bytes for s in scored) / sum(s.num_tokens for s in scored),
-            "teacher/score_s_mean": sum(s.score_s for s in scored) / len(scored),
+            **teacher_metrics(scored),
             "time/wait_rollout_s": generated - start,
             "time/wait_teacher_s": ready - generated,
             "time/update_s": time.perf_counter() - ready,

@@ -16,6 +16,7 @@ from opd_ray.objectives import HiddenSignal, SampledSignal, Signal, SupportSigna
 from opd_ray.protocol import Float32, HiddenScore, Int32, SampledScore, Score, SupportScore, TrajectoryGroup
 from workers.learner.attention import PackedLayout
 from workers.learner.objective import TokenPlan
+from workers.support_codec import support_ids
 
 NO_ID = -1
 
@@ -109,7 +110,7 @@ class InputBuilder:
             case SampledScore():
                 return SampledSignal(logprobs_N=self._joined(scores, "logprobs_N"))
             case SupportScore():
-                ids_NK = self._joined(scores, "ids_NK").long()
+                ids_NK = self._tensor(np.concatenate([support_ids(score) for score in scores])).long()
                 for id_ in self.removed_ids:
                     ids_NK = ids_NK.masked_fill(ids_NK == id_, NO_ID)
                 return SupportSignal(
@@ -137,7 +138,8 @@ def _rows(score: Score, rows: slice) -> Score:
             return SampledScore(logprobs_N=score.logprobs_N[rows], valid_N=score.valid_N[rows])
         case SupportScore():
             return SupportScore(
-                ids_NK=score.ids_NK[rows],
+                low_ids_NK=score.low_ids_NK[rows],
+                page_starts_NH=score.page_starts_NH[rows],
                 logprobs_NK=score.logprobs_NK[rows],
                 sampled_logprobs_N=score.sampled_logprobs_N[rows],  # of nothing, when there are none
             )

@@ -1,5 +1,6 @@
 """What the learner's fleet tells a rank of an update, what a rank reports, and how reports become metrics."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import torch
 
 from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
 from opd_ray.objectives import Losses
+from opd_ray.protocol import ScoreSummary
 from workers.learner.inputs import ScoredSequence
 
 
@@ -146,6 +148,21 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
     if stale >= 0:
         metrics["rollout/logprob_gap_stale_max"] = stale
     return metrics
+
+
+def teacher_metrics(scored: Sequence[ScoreSummary]) -> dict[str, float]:
+    """Return what the scores of an update cost, and what the teacher holds likely that the student cannot say."""
+    num_tokens = sum(s.num_tokens for s in scored)
+    known = [s for s in scored if not math.isnan(s.dropped_mass_sum)]
+    return {
+        "teacher/bytes_per_token": sum(s.num_bytes for s in scored) / num_tokens,
+        "teacher/score_s_mean": sum(s.score_s for s in scored) / len(scored),
+        **({"teacher/dropped_mass": _mean_dropped_mass(known)} if known else {}),
+    }
+
+
+def _mean_dropped_mass(scored: Sequence[ScoreSummary]) -> float:
+    return sum(s.dropped_mass_sum for s in scored) / sum(s.num_tokens for s in scored)
 
 
 def estimate_name(objective: ObjectiveConfig) -> str:

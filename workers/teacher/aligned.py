@@ -8,6 +8,7 @@ import numpy as np
 
 from opd_ray.data.byte_aligner import ByteAligner, TeacherGroup
 from opd_ray.protocol import SampledScore, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
+from workers.teacher.messages import num_bytes
 
 
 class Scorer(Protocol):
@@ -40,7 +41,7 @@ class AlignedTeacher:
         assert isinstance(score, SampledScore)
         given = read.to_student(score.logprobs_N, group=group)
         of_student = SampledScore(logprobs_N=given.logprobs_N, valid_N=given.valid_N)
-        return replace(summary, num_tokens=len(given.logprobs_N), num_bytes=of_student.num_bytes), of_student
+        return replace(summary, num_tokens=len(given.logprobs_N), num_bytes=num_bytes(of_student)), of_student
 
 
 def _in_teachers_tokens(group: TrajectoryGroup, read: TeacherGroup) -> TrajectoryGroup:

@@ -1,89 +1,113 @@
 """Turns a teacher's final hidden states into what was asked for, a chunk of tokens at a time.
 
-Suffixes: N tokens, V vocabulary, K ids of a support, D hidden size.
+Suffixes: N tokens, R rows of the teacher's head, of which the first V are the common vocabulary, W columns of logits
+(R and padding), K ids of a support, D hidden size.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opd_ray.objectives.equivalence import Equivalence
-from opd_ray.protocol import ScoreRequest
+from opd_ray.objectives.rows import chunks
+from opd_ray.protocol import Payload, ScoreRequest
+from workers.teacher.products import OutputMatrix
+from workers.teacher.wide_rows import log_softmax, top_k
 
-_CHUNK_TOKENS = 512
 _NO_ID = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadScores:
+    """What a head says of N tokens."""
+
+    ids_NK: Tensor  # int32, distinct in a row; -1: no id
+    logprobs_NK: Tensor  # float32; any value where there is no id
+    sampled_logprobs_N: Tensor  # float32; [0] when not asked for
+    dropped_mass_N: Tensor  # float32, probability of the ids that only the teacher has; NaN: not computed
+
+
 class TeacherHead:
-    """The output matrix, and what its logits mean."""
+    """The output matrix, and what its logits mean. Serves one call at a time: they share the memory of their logits."""
 
-    head_VD: Tensor  # cut to the common vocabulary
-    temperature: float
-    equivalence: Equivalence  # ids that count as one outcome
+    def __init__(self, head_RD: Tensor, *, vocab_size: int, temperature: float, equivalence: Equivalence) -> None:
+        """Take all rows of a checkpoint's head; the softmax is over the first vocab_size, those the student has too.
 
-    @torch.inference_mode()
-    def sampled(self, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """Return the full-vocabulary log-prob float32 [N] of the given tokens."""
-        parts = [
-            _at(logits_NV, ids_N1) - logits_NV.logsumexp(-1, keepdim=True)
-            for logits_NV, ids_N1 in self._chunks(hidden_ND, self.equivalence.canonical(ids_N)[:, None])
-        ]
-        return torch.cat(parts).squeeze(1)
-
-    @torch.inference_mode()
-    def support(
-        self, hidden_ND: Tensor, *, ids_N: Tensor, student_ids_NK: Tensor, request: ScoreRequest
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids int32 [N,K], log-probs float32 [N,K] and, if asked for, the sampled tokens' [N] or else [0].
-
-        The K columns are the teacher's top_k, then the student's, then the sampled token, as far as asked for; an id
-        that a column further left has, or that is not in the top_p mass, is -1. Where nothing needs the whole head,
-        only the rows of the given ids are read and the log-probs are logits.
+        equivalence: ids that count as one. Raises ValueError for fewer rows.
         """
-        ids_N, student_ids_NK = self.equivalence.canonical(ids_N), self.equivalence.canonical(student_ids_NK)
-        # The student may have more rows than the common vocabulary; the teacher knows nothing of them.
-        student_ids_NK = student_ids_NK.masked_fill(student_ids_NK >= len(self.head_VD), _NO_ID)
-        given_NK = student_ids_NK if request.support != "teacher" else student_ids_NK[:, :0]
-        if request.include_sampled:
-            given_NK = torch.cat([given_NK, ids_N[:, None]], dim=1)
-        from_student = request.support == "student" and not (request.normalised or request.sampled_logprobs)
-        if from_student and not self.equivalence.classes:
-            ids_NK = _without_repeats(given_NK)
-            return ids_NK.to(torch.int32), self._gathered(hidden_ND, ids_NK), hidden_ND.new_empty(0).float()
-        num_top = 0 if request.support == "student" else request.top_k
-        columns = torch.cat([given_NK, ids_N[:, None]], dim=1)
-        ids, logprobs, sampled = [], [], []
-        for logits_NV, columns_NK in self._chunks(hidden_ND, columns):
-            lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
-            top = logits_NV.topk(num_top, dim=-1)
-            top_ids_NK = _within_mass(top.indices, top.values - lse_N1, top_p=request.top_p)
-            ids_NK = _without_repeats(torch.cat([top_ids_NK, columns_NK[:, :-1]], dim=1))
+        if len(head_RD) < vocab_size:
+            raise ValueError(f"the teacher's head has {len(head_RD)} rows, expected at least {vocab_size}")
+        self._matrix = OutputMatrix(head_RD, temperature=temperature)
+        self._num_rows, self._vocab_size = len(head_RD), vocab_size
+        self._equivalence = equivalence
+
+    @torch.inference_mode()
+    def score(self, hidden_ND: Tensor, *, ids_N: Tensor, student_ids_NK: Tensor, request: ScoreRequest) -> HeadScores:
+        """Return what a request asks for, of the tokens ids_N that these states predict; ids int64.
+
+        The K columns of a support are the teacher's top_k, then the student's, then the sampled token, as far as asked
+        for; an id that a column further left has, that is not in the top_p mass or not in the common vocabulary, is -1.
+        Where nothing needs the whole head, only the rows of the given ids are read and the log-probs are logits.
+        """
+        ids_N1 = self._equivalence.canonical(ids_N)[:, None]
+        given_NK = self._given(ids_N1, student_ids_NK, request)
+        support = request.payload is Payload.support
+        num_top = request.top_k if support and request.support != "student" else 0
+        sampled = request.sampled_logprobs or request.payload is Payload.sampled
+        if not (num_top or sampled or (support and (request.normalised or self._equivalence.classes))):
+            return self._logits_alone(hidden_ND, _without_repeats(given_NK))
+        ids, logprobs, sampled_logprobs, dropped_masses = [], [], [], []
+        for rows in chunks(len(hidden_ND), chunk_tokens=self._matrix.chunk_tokens):
+            logprobs_NW, dropped_mass_N = self._logprobs(hidden_ND[rows], ids_N1[rows])
+            top_ids_NK = _within_mass(*top_k(logprobs_NW, k=num_top), top_p=request.top_p)
+            ids_NK = _without_repeats(torch.cat([top_ids_NK, given_NK[rows]], dim=1))
             ids.append(ids_NK.to(torch.int32))
-            logprobs.append(_at(logits_NV, ids_NK.clamp(min=0)) - lse_N1)
-            sampled.append(_at(logits_NV, columns_NK[:, -1:]) - lse_N1)
-        sampled_N = torch.cat(sampled).squeeze(1) if request.sampled_logprobs else hidden_ND.new_empty(0).float()
-        return torch.cat(ids), torch.cat(logprobs), sampled_N
+            logprobs.append(logprobs_NW.gather(1, ids_NK.clamp(min=0)))
+            sampled_logprobs.append(logprobs_NW.gather(1, ids_N1[rows]).squeeze(1))
+            dropped_masses.append(dropped_mass_N)
+        return HeadScores(
+            ids_NK=torch.cat(ids),
+            logprobs_NK=torch.cat(logprobs),
+            sampled_logprobs_N=torch.cat(sampled_logprobs) if sampled else dropped_mass_N.new_empty(0),
+            dropped_mass_N=torch.cat(dropped_masses),
+        )
 
-    def _gathered(self, hidden_ND: Tensor, ids_NK: Tensor) -> Tensor:
-        """Return the logits at the given ids, from their rows of the head alone."""
-        parts = [
-            torch.bmm(self.head_VD[ids_nK.clamp(min=0)].float(), chunk_nD.float()[:, :, None]).squeeze(-1)
-            for chunk_nD, ids_nK in zip(hidden_ND.split(_CHUNK_TOKENS), ids_NK.split(_CHUNK_TOKENS), strict=True)
-        ]
-        return torch.cat(parts) / self.temperature
+    def _given(self, ids_N1: Tensor, student_ids_NK: Tensor, request: ScoreRequest) -> Tensor:
+        """Return the columns of a support that do not depend on the teacher; none of another payload."""
+        student_ids_NK = student_ids_NK.masked_fill(student_ids_NK >= self._vocab_size, _NO_ID)
+        support = request.payload is Payload.support
+        from_student = support and request.support != "teacher"
+        return torch.cat(
+            [
+                self._equivalence.canonical(student_ids_NK) if from_student else student_ids_NK[:, :0],
+                ids_N1 if support and request.include_sampled else ids_N1[:, :0],
+            ],
+            dim=1,
+        )
 
-    def _chunks(self, hidden_ND: Tensor, columns_NK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the logits [N,V] of a chunk of tokens, classes merged, and the chunk's rows of the given ids."""
-        head_DV = self.head_VD.float().T
-        for chunk_nD, columns_nK in zip(hidden_ND.split(_CHUNK_TOKENS), columns_NK.split(_CHUNK_TOKENS), strict=True):
-            yield self.equivalence.merge((chunk_nD.float() @ head_DV).div_(self.temperature)), columns_nK
+    def _logprobs(self, hidden_ND: Tensor, ids_N1: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probs [N,W], classes merged, -inf from V on, and the mass of the dropped ids [N].
 
+        ids_N1: any canonical ids, one a row. The next call overwrites the log-probs.
+        """
+        logits_NW = self._matrix.logits(hidden_ND)
+        dropped_N1 = logits_NW[:, self._vocab_size : self._num_rows].logsumexp(-1, keepdim=True)  # of nothing: -inf
+        logits_NW[:, self._vocab_size :] = -torch.inf
+        some_N1 = self._equivalence.merge(logits_NW).gather(1, ids_N1)
+        logprobs_NW = log_softmax(logits_NW)
+        normaliser_N1 = some_N1 - logprobs_NW.gather(1, ids_N1)
+        return logprobs_NW, (dropped_N1 - normaliser_N1).sigmoid().squeeze(1)
 
-def _at(values_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    return values_NV.gather(1, ids_NK)
+    def _logits_alone(self, hidden_ND: Tensor, ids_NK: Tensor) -> HeadScores:
+        unknown = torch.nan if self._num_rows > self._vocab_size else 0.0
+        logits_NK = self._matrix.logits_at(hidden_ND, ids_NK.clamp(min=0))
+        return HeadScores(
+            ids_NK=ids_NK.to(torch.int32),
+            logprobs_NK=logits_NK,
+            sampled_logprobs_N=logits_NK.new_empty(0),
+            dropped_mass_N=logits_NK.new_full((len(ids_NK),), unknown),
+        )
 
 
 def _within_mass(ids_NK: Tensor, logprobs_NK: Tensor, *, top_p: float) -> Tensor:
@@ -96,5 +120,7 @@ def _within_mass(ids_NK: Tensor, logprobs_NK: Tensor, *, top_p: float) -> Tensor
 
 def _without_repeats(ids_NK: Tensor) -> Tensor:
     """Return the ids with -1 wherever a column further left has the same."""
-    repeats_NKK = (ids_NK[:, :, None] == ids_NK[:, None, :]).tril(diagonal=-1)
-    return ids_NK.masked_fill(repeats_NKK.any(-1), _NO_ID)
+    sorted_NK, order_NK = ids_NK.sort(dim=-1, stable=True)
+    repeats_NK = torch.zeros_like(sorted_NK, dtype=torch.bool)
+    repeats_NK[:, 1:] = sorted_NK[:, 1:] == sorted_NK[:, :-1]
+    return ids_NK.masked_fill(torch.zeros_like(repeats_NK).scatter_(1, order_NK, repeats_NK), _NO_ID)

@@ -7,6 +7,7 @@ Suffixes: N tokens, K ids of a support.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 
@@ -22,10 +23,11 @@ from opd_ray.protocol import (
     Score,
     ScoreRequest,
     ScoreSummary,
-    SupportScore,
     TrajectoryGroup,
 )
+from workers.support_codec import pack_support
 from workers.teacher.errors import BadScore
+from workers.teacher.messages import num_bytes
 from workers.teacher.prompt_logprobs import TokenScores, read
 from workers.teacher.replicas import Replicas
 
@@ -143,9 +145,12 @@ class HttpTeacherWorker:
         finally:
             for task in asking:  # of those still running: nobody waits for them any more
                 task.cancel()
-        score, num_bytes = _score(parts, group.response_ids, request=request, temperature=self._temperature)
+        score = _score(parts, group.response_ids, request=request, temperature=self._temperature)
         summary = ScoreSummary(
-            num_tokens=len(group.response_ids), num_bytes=num_bytes, score_s=time.perf_counter() - start
+            num_tokens=len(group.response_ids),
+            num_bytes=num_bytes(score),
+            dropped_mass_sum=math.nan,  # the server's rows beyond the common vocabulary are not told
+            score_s=time.perf_counter() - start,
         )
         return summary, score
 
@@ -195,13 +200,11 @@ class HttpTeacherWorker:
         return model.id
 
 
-def _score(
-    parts: Sequence[TokenScores], response_ids: Int32, *, request: ScoreRequest, temperature: float
-) -> tuple[Score, int]:
-    """Join the sequences of a group; return the score and the bytes of its arrays."""
+def _score(parts: Sequence[TokenScores], response_ids: Int32, *, request: ScoreRequest, temperature: float) -> Score:
+    """Join the sequences of a group."""
     sampled_N = np.concatenate([part.sampled_logprobs_N for part in parts])
     if request.payload is Payload.sampled:
-        return SampledScore(logprobs_N=sampled_N), sampled_N.nbytes
+        return SampledScore(logprobs_N=sampled_N)
     ids_NK = np.concatenate([part.ids_NK for part in parts])
     logprobs_NK = np.concatenate([part.logprobs_NK for part in parts])
     if request.top_p < 1:
@@ -214,8 +217,7 @@ def _score(
         sampled_N = sampled_N[:0]
     # log q / T is the log-prob at temperature T up to a constant per token, which is all that check_request lets pass.
     logprobs_NK /= np.float32(temperature)
-    score = SupportScore(ids_NK=ids_NK, logprobs_NK=logprobs_NK, sampled_logprobs_N=sampled_N)
-    return score, ids_NK.nbytes + logprobs_NK.nbytes + sampled_N.nbytes
+    return pack_support(ids_NK, logprobs_NK, sampled_logprobs_N=sampled_N)
 
 
 def _within_mass(ids_NK: Int32, logprobs_NK: Float32, *, top_p: float) -> Int32:

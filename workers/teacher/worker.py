@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,21 +11,13 @@ import torch
 
 from opd_ray.config.schema import TeacherConfig
 from opd_ray.objectives.equivalence import Equivalence
-from opd_ray.protocol import (
-    Float32,
-    HiddenScore,
-    Int32,
-    Payload,
-    SampledScore,
-    Score,
-    ScoreRequest,
-    ScoreSummary,
-    SupportScore,
-    TrajectoryGroup,
-)
+from opd_ray.protocol import Int32, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from workers.engine_loop import EngineLoop
 from workers.output_head import load_head
+from workers.teacher.checks import check_ids
 from workers.teacher.head import TeacherHead
+from workers.teacher.messages import build_score, num_bytes
+from workers.teacher.rows import response_states
 
 
 class TeacherWorker:
@@ -54,75 +47,64 @@ class TeacherWorker:
             "disable_log_stats": True,
             **config.engine_args,
         }
-        self._loop = EngineLoop(LLMEngine.from_engine_args(EngineArgs(**arguments)))
-        self._params = PoolingParams(task="token_embed", use_activation=False)
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._loop = EngineLoop(engine)
+        # vLLM would read no cached prefix, since it gives no states for one: `response_states` takes them elsewhere.
+        self._params = PoolingParams(task="token_embed", use_activation=False, skip_reading_prefix_cache=False)
+        self._dtype: torch.dtype = engine.model_config.dtype
         self._device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
+        self._vocab_size = vocab_size
         self._head = TeacherHead(
-            head_VD=load_head(config.path, vocab_size=vocab_size).to(self._device),
+            load_head(config.path).to(self._device),
+            vocab_size=vocab_size,
             temperature=temperature,
             equivalence=Equivalence.of(equivalent_ids, device=self._device),
         )
+        # One thread: the head uses all cores by itself, and its chunks share memory.
+        self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="head")
+        self._num_groups = 0
 
     async def ready(self) -> bool:
         """Answer once the engine is built."""
         return True
 
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
-        """Score every response token of a group."""
+        """Score every response token of a group. Raises BadScore for a group that no teacher could score."""
         start = time.perf_counter()
-        bounds = list(zip(group.offsets[:-1], group.offsets[1:], strict=True))
+        check_ids(group, vocab_size=self._vocab_size)
+        self._num_groups += 1
+        salt = f"group {self._num_groups}"
         futures = [
-            self._loop.submit(np.concatenate([group.prompt_ids, group.response_ids[a:b]]), self._params)
-            for a, b in bounds
+            self._loop.submit(
+                np.concatenate([group.prompt_ids, group.response_ids[a:b]]), self._params, cache_salt=salt
+            )
+            for a, b in zip(group.offsets[:-1], group.offsets[1:], strict=True)
         ]
         outputs = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        # Row i of a sequence's hidden states predicts token i + 1: the rows before each response token.
-        first = len(group.prompt_ids) - 1
-        rows = [o.outputs.data[first : first + b - a] for o, (a, b) in zip(outputs, bounds, strict=True)]
-        hidden_ND = torch.cat(rows)
-        score = await asyncio.to_thread(self._build, hidden_ND, group, request)
+        states = [output.outputs.data for output in outputs]
+        score, dropped_mass_sum = await asyncio.get_running_loop().run_in_executor(
+            self._head_thread, self._build, states, group, request
+        )
         summary = ScoreSummary(
-            num_tokens=len(group.response_ids), num_bytes=num_bytes(score), score_s=time.perf_counter() - start
+            num_tokens=len(group.response_ids),
+            num_bytes=num_bytes(score),
+            dropped_mass_sum=dropped_mass_sum,
+            score_s=time.perf_counter() - start,
         )
         return summary, score
 
-    def _build(self, hidden_ND: torch.Tensor, group: TrajectoryGroup, request: ScoreRequest) -> Score:
-        if request.payload is Payload.hidden:
-            sampled = self._sampled(hidden_ND, group) if request.sampled_logprobs else np.empty(0, dtype=np.float32)
-            return HiddenScore(hidden_ND=to_numpy(hidden_ND), sampled_logprobs_N=sampled)
-        if request.payload is Payload.sampled:
-            return SampledScore(logprobs_N=self._sampled(hidden_ND, group))
-        ids_NK, logprobs_NK, sampled_N = self._head.support(
+    def _build(
+        self, states: Sequence[torch.Tensor], group: TrajectoryGroup, request: ScoreRequest
+    ) -> tuple[Score, float]:
+        # vLLM pools in float32; the model's own type says as much in fewer bytes.
+        hidden_ND = response_states(states, group).to(self._dtype)
+        said = self._head.score(
             hidden_ND.to(self._device),
             ids_N=self._ids(group.response_ids),
             student_ids_NK=self._ids(group.support_ids),
             request=request,
         )
-        return SupportScore(
-            ids_NK=ids_NK.cpu().numpy(),
-            logprobs_NK=logprobs_NK.cpu().numpy(),
-            sampled_logprobs_N=sampled_N.cpu().numpy(),
-        )
-
-    def _sampled(self, hidden_ND: torch.Tensor, group: TrajectoryGroup) -> Float32:
-        return self._head.sampled(hidden_ND.to(self._device), self._ids(group.response_ids)).cpu().numpy()
+        return build_score(request.payload, hidden_ND, said), float(said.dropped_mass_N.sum())
 
     def _ids(self, ids: Int32) -> torch.Tensor:
         return torch.from_numpy(ids.astype(np.int64)).to(self._device)
-
-
-def to_numpy(tensor: torch.Tensor) -> Any:
-    """Return a contiguous array; bfloat16, which numpy lacks, travels as its bits in uint16."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.float().numpy()
-
-
-def num_bytes(score: Score) -> int:
-    """Return the size of a score's arrays."""
-    match score:
-        case SampledScore():
-            return score.num_bytes
-        case SupportScore():
-            return score.ids_NK.nbytes + score.logprobs_NK.nbytes + score.sampled_logprobs_N.nbytes
-        case HiddenScore():
-            return score.hidden_ND.nbytes + score.sampled_logprobs_N.nbytes

@@ -166,6 +166,13 @@ def test_requests_share_cached_prefixes_only_under_the_salt_that_a_call_has_set(
         assert answer(loop.submit(ids(1), 1)).prompt["cache_salt"] == "7"
 
 
+def test_a_request_may_have_a_salt_of_its_own():
+    with loop_on(FakeEngine()) as loop:
+        loop.cache_salt = "7"
+        assert answer(loop.submit(ids(1), 1, cache_salt="8")).prompt["cache_salt"] == "8"
+        assert answer(loop.submit(ids(1), 1)).prompt["cache_salt"] == "7"
+
+
 def test_a_fault_of_the_engine_reaches_every_waiter_and_every_later_request():
     engine = FakeEngine()
     with loop_on(engine, is_open=False) as loop:

@@ -17,6 +17,7 @@ from groups import make_group
 
 from opd_ray.config.teacher import HttpTeacherConfig
 from opd_ray.protocol import Payload, SampledScore, ScoreRequest, SupportScore
+from workers.support_codec import support_ids
 from workers.teacher.errors import BadScore, TeacherDown
 from workers.teacher.http import HttpTeacherWorker, check_request, offered
 
@@ -97,10 +98,10 @@ def test_sampled_and_support_scores_are_the_models_own() -> None:
         assert summary.num_bytes == 24
 
         assert isinstance(top, SupportScore)
-        assert (top.ids_NK.dtype, top.logprobs_NK.dtype) == (np.int32, np.float32)
-        assert top.ids_NK.flags.c_contiguous
+        assert (top.low_ids_NK.dtype, top.logprobs_NK.dtype) == (np.uint16, np.float32)
+        assert top.low_ids_NK.flags.c_contiguous
         assert top.logprobs_NK.flags.c_contiguous
-        np.testing.assert_array_equal(top.ids_NK, np.argsort(-truth_NV, axis=1)[:, :4])
+        np.testing.assert_array_equal(support_ids(top), np.argsort(-truth_NV, axis=1)[:, :4])
         np.testing.assert_array_equal(top.logprobs_NK, -np.sort(-truth_NV, axis=1)[:, :4])
         np.testing.assert_array_equal(top.sampled_logprobs_N, one.logprobs_N)
 
@@ -111,7 +112,7 @@ def test_the_sampled_token_joins_the_support_once_and_a_nucleus_cuts_it() -> Non
     request = replace(TOP_4, include_sampled=True, top_p=0.6)
     (_, score), _ = score_once([], request)
     truth_NV = truth(ONE)
-    for n, (ids, logprobs) in enumerate(zip(score.ids_NK, score.logprobs_NK, strict=True)):
+    for n, (ids, logprobs) in enumerate(zip(support_ids(score), score.logprobs_NK, strict=True)):
         order = np.argsort(-truth_NV[n])[:4]
         before = np.cumsum(np.exp(truth_NV[n, order])) - np.exp(truth_NV[n, order])
         kept = [int(i) for i, mass in zip(order, before, strict=True) if mass < 0.6]
@@ -140,7 +141,7 @@ def test_a_renormalised_support_at_another_temperature_is_exact() -> None:
 
     score = asyncio.run(scenario())
     at_half_NV = np.exp(truth(ONE) / 0.5)
-    expected = np.take_along_axis(at_half_NV, score.ids_NK, axis=1)
+    expected = np.take_along_axis(at_half_NV, support_ids(score), axis=1)
     weights = np.exp(score.logprobs_NK)
     np.testing.assert_allclose(
         weights / weights.sum(1, keepdims=True), expected / expected.sum(1, keepdims=True), rtol=1e-5

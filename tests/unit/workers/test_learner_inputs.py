@@ -7,6 +7,7 @@ from opd_ray.objectives import HiddenSignal, SampledSignal, SupportSignal
 from opd_ray.protocol import HiddenScore, SampledScore, SupportScore
 from workers.learner.inputs import InputBuilder, split_groups
 from workers.learner.objective import TokenPlan, sampled_tokens
+from workers.support_codec import pack_support
 
 FIRST = make_group([1, 2], [11, 12, 13], [21], masked=(1,))
 SECOND = make_group([3], [31, 32])
@@ -32,11 +33,7 @@ def support_scores(sampled_logprobs_N: np.ndarray = NO_LOGPROBS) -> list[Support
     """Return scores whose row n over both groups has the ids 2n and 2n + 1, with minus the id as log-prob."""
     ids_NK = np.arange(12, dtype=np.int32).reshape(6, 2)
     return [
-        SupportScore(
-            ids_NK=ids_NK[rows],
-            logprobs_NK=-ids_NK[rows].astype(np.float32),
-            sampled_logprobs_N=sampled_logprobs_N[rows],
-        )
+        pack_support(ids_NK[rows], -ids_NK[rows].astype(np.float32), sampled_logprobs_N=sampled_logprobs_N[rows])
         for rows in (slice(4), slice(4, 6))
     ]
 
@@ -134,6 +131,14 @@ def test_support_scores_are_joined_and_their_ids_are_those_that_torch_gathers_by
     assert signal.sampled_logprobs_N.tolist() == []
 
 
+def test_a_support_of_small_ids_and_one_of_large_ids_are_joined():
+    logprobs_NK = -np.arange(8, dtype=np.float32).reshape(4, 2)
+    large = pack_support(np.array([[99_999, 7]] * 4, np.int32), logprobs_NK, sampled_logprobs_N=NO_LOGPROBS)
+    signal = inputs_of([large, support_scores()[1]], [2, 1])["signal"]
+    assert signal.ids_NK.tolist() == [[8, 9], [10, 11], [7, 99_999]]
+    assert signal.logprobs_NK.tolist() == [[-8, -9], [-10, -11], [-7, -6]]
+
+
 def test_the_sampled_logprobs_of_a_support_go_with_their_sequences():
     signal = inputs_of(support_scores(sampled_logprobs_N=-np.arange(6, dtype=np.float32)), [2, 0])["signal"]
     assert signal.sampled_logprobs_N.tolist() == [-4, -5, 0, -1, -2]
@@ -144,7 +149,7 @@ def test_removed_ids_leave_every_support_and_the_scores_stay_as_they_came():
     signal = inputs_of(scores, [2, 1], removed_ids=(9, 6, 77))["signal"]
     assert signal.ids_NK.tolist() == [[8, -1], [10, 11], [-1, 7]]
     assert signal.logprobs_NK.tolist() == [[-8, -9], [-10, -11], [-6, -7]]
-    assert scores[1].ids_NK.tolist() == [[8, 9], [10, 11]]
+    assert scores[1].low_ids_NK.tolist() == [[8, 9], [10, 11]]
 
 
 def test_hidden_scores_in_float32_are_joined_and_come_with_the_teachers_head():

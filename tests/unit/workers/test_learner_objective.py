@@ -34,9 +34,10 @@ from opd_ray.objectives import (
     reverse_kl,
     skewed_reverse_kl,
 )
-from opd_ray.protocol import HiddenScore, SampledScore, Score, SupportScore, TrajectoryGroup
+from opd_ray.protocol import HiddenScore, SampledScore, Score, TrajectoryGroup
 from opd_ray.requests import ObjectiveIds, objective_ids
 from workers.learner.objective import ObjectiveSetup, TokenPlan, TokenPlanner, objective_options, removed_ids
+from workers.support_codec import pack_support
 
 EOS, PAD, UNNAMED = 12, 13, 14  # the id of a digit is the digit; the last is a padding row of the head, no token
 NO_LOGPROBS = np.empty(0, dtype=np.float32)
@@ -236,9 +237,9 @@ def test_a_prefix_that_has_drifted_from_the_teacher_weighs_less(mask: MaskConfig
 def test_the_drift_is_the_same_whatever_score_tells_the_sampled_logprobs():
     sampled = make_scores(GROUPS)
     as_support = [
-        SupportScore(
-            ids_NK=np.zeros((len(s.logprobs_N), 1), dtype=np.int32),
-            logprobs_NK=np.full((len(s.logprobs_N), 1), -50, dtype=np.float32),
+        pack_support(
+            np.zeros((len(s.logprobs_N), 1), dtype=np.int32),
+            np.full((len(s.logprobs_N), 1), -50, dtype=np.float32),
             sampled_logprobs_N=s.logprobs_N,
         )
         for s in sampled

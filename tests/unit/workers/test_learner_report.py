@@ -7,10 +7,10 @@ from groups import make_group
 
 from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
 from opd_ray.objectives import Losses
-from opd_ray.protocol import SampledScore
+from opd_ray.protocol import SampledScore, ScoreSummary
 from workers.learner.inputs import ScoredSequence, split_groups
 from workers.learner.objective import sampled_tokens
-from workers.learner.report import RankReport, Totals, combine, estimate_name
+from workers.learner.report import RankReport, Totals, combine, estimate_name, teacher_metrics
 
 REPORT = RankReport(
     loss_sum=6.0,
@@ -255,3 +255,17 @@ def test_a_rank_whose_diagnosed_tokens_are_all_masked_does_not_disturb_the_means
 )
 def test_the_metric_of_the_divergence_says_what_is_estimated_and_how(kind: str, divergence: str, name: str):
     assert estimate_name(ObjectiveConfig(kind=ObjectiveKind(kind), divergence=DivergenceKind(divergence))) == name
+
+
+def test_what_the_teacher_sent_and_dropped_is_a_mean_over_tokens():
+    summaries = [
+        ScoreSummary(num_tokens=3, num_bytes=60, dropped_mass_sum=0.3, score_s=1.0),
+        ScoreSummary(num_tokens=1, num_bytes=20, dropped_mass_sum=0.5, score_s=2.0),
+    ]
+    metrics = teacher_metrics(summaries)
+    assert metrics == pytest.approx(
+        {"teacher/bytes_per_token": 20, "teacher/score_s_mean": 1.5, "teacher/dropped_mass": 0.2}
+    )
+    unknown = [replace(summary, dropped_mass_sum=float("nan")) for summary in summaries]
+    assert teacher_metrics([unknown[0], summaries[1]])["teacher/dropped_mass"] == 0.5
+    assert teacher_metrics(unknown).keys() == {"teacher/bytes_per_token", "teacher/score_s_mean"}

@@ -230,6 +230,7 @@ class LearnerConfig:
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     max_tokens_per_micro_batch: int = 8192
+    packing: bool = True  # sequences end to end without padding; false: for models with an attention of their own
     gradient_checkpointing: bool = False
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0

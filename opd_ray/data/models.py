@@ -41,6 +41,11 @@ def open_model(key: str, path: str) -> ModelFiles:
     return ModelFiles(key=key, folder=folder, tokenizer=_tokenizer(key, folder), config=_model_config(key, folder))
 
 
+def hidden_size(path: str) -> int:
+    """Return the width of a model's states. Raises ValueError for a folder that is no model."""
+    return int(_model_config("student.path", _folder("student.path", path)).hidden_size)
+
+
 def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) -> Models:
     """Check student and teachers and return what the run needs of them.
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from harness import Figure, record
 from loss import loss
 from loss_gpu import loss_gpu
+from packing import packing
 from teacher import teacher
 from teacher_gpu import teacher_gpu
 
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "loss": loss,
     "loss_gpu": loss_gpu,
+    "packing": packing,
     "teacher": teacher,
     "teacher_gpu": teacher_gpu,
 }

@@ -7,7 +7,8 @@ from typing import Any
 import ray
 
 from opd_ray.config.schema import LearnerConfig
-from opd_ray.data.packing import micro_batches_by_kind, partition
+from opd_ray.data.models import hidden_size
+from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
 from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
 from workers.learner.report import RankBatch, combine, estimate_name, teacher_metrics
@@ -19,6 +20,7 @@ class RayLearner:
 
     def __init__(self, *, config: LearnerConfig, berth: Berth, arguments: dict[str, Any]) -> None:
         self._config = config
+        self._hidden_size = hidden_size(arguments["student_path"])
         self._objective = arguments["objective"].config
         self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
         self._set_up = self._start_ranks(local=berth.local)
@@ -89,6 +91,8 @@ class RayLearner:
             teachers=[score.teacher for score in batch.scores],
             num_ranks=len(self._ranks),
             max_tokens=self._config.max_tokens_per_micro_batch,
+            padded=not self._config.packing,
+            hidden_size=self._hidden_size,
             version=batch.step,
         )
         return [
@@ -97,25 +101,34 @@ class RayLearner:
         ]
 
 
-def rank_batches(
-    summaries: Sequence[GroupSummary], *, teachers: Sequence[str], num_ranks: int, max_tokens: int, version: int
+def rank_batches(  # noqa: PLR0913 - what the cut depends on
+    summaries: Sequence[GroupSummary],
+    *,
+    teachers: Sequence[str],
+    num_ranks: int,
+    max_tokens: int,
+    padded: bool,
+    hidden_size: int,
+    version: int,
 ) -> list[tuple[list[int], RankBatch]]:
     """Return for each rank the groups of its share, as positions, and what to do with them.
 
-    teachers names the one that scored each group: sequences of different teachers share no micro-batch. An evaluation
-    that left groups out may have fewer than ranks; a rank without any reads the first one in empty micro-batches, since
-    all ranks make as many collective calls.
+    teachers names the one that scored each group: sequences of different teachers share no micro-batch. hidden_size is
+    the student's: it tells how much dearer the tokens of long sequences are. An evaluation that left groups out may
+    have fewer than ranks; a rank without any reads the first one in empty micro-batches, since all ranks make as many
+    collective calls.
     """
-    costs = [s.num_prompt_tokens * len(s.response_lengths) + sum(s.response_lengths) for s in summaries]
+    lengths = [[s.num_prompt_tokens + n for n in s.response_lengths] for s in summaries]
+    costs = [sum(training_cost(n, hidden_size=hidden_size) for n in of_group) for of_group in lengths]
     shares = partition(costs, num_ranks)
-    cuts = []
-    for share in shares:
-        sequences = [
-            (summaries[i].num_prompt_tokens + n, teachers[i]) for i in share for n in summaries[i].response_lengths
-        ]
-        lengths, kinds = [length for length, _ in sequences], [teacher for _, teacher in sequences]
-        cuts.append(micro_batches_by_kind(lengths, kinds, max_tokens=max_tokens))
+    flat = [[n for i in share for n in lengths[i]] for share in shares]
+    kinds = [[teachers[i] for i in share for _ in lengths[i]] for share in shares]
+    cuts = [
+        micro_batches_by_kind(*of_rank, max_tokens=max_tokens, padded=padded)
+        for of_rank in zip(flat, kinds, strict=True)
+    ]
     most = max(map(len, cuts))
+    cuts = [split_to(cut, of_rank, num_cuts=most) for cut, of_rank in zip(cuts, flat, strict=True)]
     return [
         (
             share or [0],

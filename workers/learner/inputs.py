@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from opd_ray.data.packing import pad
+from opd_ray.data.packing import PackedBatch, PaddedBatch, pack, pad
 from opd_ray.objectives import HiddenSignal, SampledSignal, Signal, SupportSignal, Tokens
 from opd_ray.protocol import Float32, HiddenScore, Int32, SampledScore, Score, SupportScore, TrajectoryGroup
+from workers.learner.attention import PackedLayout
 from workers.learner.objective import TokenPlan
 from workers.support_codec import support_ids
 
@@ -71,13 +72,14 @@ class InputBuilder:
     device: torch.device
     teacher_heads: Mapping[str, torch.Tensor]  # by teacher, each [V,D]
     removed_ids: tuple[int, ...]  # never in a support
+    packing: bool  # sequences end to end, else padded
 
     def build(self, sequences: Sequence[ScoredSequence]) -> dict[str, Any]:
         """Return the keyword arguments of `Student.forward` that speak of tokens and of their one teacher."""
-        batch = pad([s.prompt_ids for s in sequences], [s.response_ids for s in sequences])
+        texts = [s.prompt_ids for s in sequences], [s.response_ids for s in sequences]
+        batch = pack(*texts) if self.packing else pad(*texts)
         return {
-            "input_ids_BT": self._tensor(batch.input_ids_BT),
-            "attention_mask_BT": self._tensor(batch.attention_mask_BT),
+            "sequences": self._sequences(batch),
             "state_rows_N": self._tensor(batch.state_rows_N),
             "tokens": Tokens(
                 ids_N=self._tensor(batch.response_ids_N),
@@ -88,6 +90,18 @@ class InputBuilder:
                 advantages_N=self._joined(sequences, "advantages"),
             ),
             "signal": self._signal([s.score for s in sequences], teacher=sequences[0].teacher),
+        }
+
+    def _sequences(self, batch: PackedBatch | PaddedBatch) -> dict[str, Any]:
+        if isinstance(batch, PaddedBatch):
+            return {
+                "input_ids": self._tensor(batch.input_ids_BT),
+                "attention_mask": self._tensor(batch.attention_mask_BT),
+            }
+        return {
+            "input_ids": self._tensor(batch.input_ids_T[None]),
+            "position_ids": self._tensor(batch.position_ids_T[None]),
+            "packing": PackedLayout.of(batch.lengths, device=self.device),
         }
 
     def _signal(self, scores: Sequence[Any], *, teacher: str) -> Signal:

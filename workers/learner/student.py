@@ -1,5 +1,6 @@
 """The student as DeepSpeed trains it: a Hugging Face model from token ids to per-token losses, and its engine."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -8,12 +9,17 @@ from torch import Tensor, nn
 
 from opd_ray.config.schema import LearnerConfig, LrSchedule
 from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, Signal, Tokens, keep_high_entropy
+from workers.learner.attention import PACKED_ATTENTION, PackedLayout, register
 
 _SCHEDULES = {
     LrSchedule.constant: "constant_with_warmup",
     LrSchedule.linear: "linear",
     LrSchedule.cosine: "cosine",
 }
+
+
+_MAX_PACKING_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # of the largest state: rounding
+_UNPACKABLE = "the student's attention cannot be packed: set learner.packing=false"
 
 
 class Student(nn.Module):
@@ -23,21 +29,21 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(  # noqa: PLR0913 - one call is one pass through the engine's hooks
+    def forward(
         self,
-        input_ids_BT: Tensor,
-        attention_mask_BT: Tensor,
         state_rows_N: Tensor,
         *,
+        sequences: Mapping[str, Any],
         objective: str,
         tokens: Tokens,
         signal: Signal,
         options: ObjectiveOptions,
     ) -> tuple[Any, ...]:
-        """Return the fields of the objective's `Losses`, in order: DeepSpeed's hooks look into tuples only."""
-        states_BTD = self.model.base_model(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
-        ).last_hidden_state
+        """Return the fields of the objective's `Losses`, in order: DeepSpeed's hooks look into tuples only.
+
+        sequences: what the model takes, packed or padded. state_rows_N: rows of its flattened final states.
+        """
+        states_BTD = self.model.base_model(**sequences, use_cache=False).last_hidden_state
         hidden_ND = states_BTD.flatten(0, 1).index_select(0, state_rows_N)
         head_VD = self.head_VD
         tokens = keep_high_entropy(hidden_ND, head_VD, tokens=tokens, options=options)
@@ -57,9 +63,39 @@ def load_student(path: str, *, config: LearnerConfig) -> Student:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, config.dtype.value), use_safetensors=True, trust_remote_code=False
     )
+    if config.packing:
+        use_packed_attention(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Student(model)
+
+
+@torch.no_grad()
+def use_packed_attention(model: Any) -> None:
+    """Have a causal LM compute packed sequences, and try it on three.
+
+    Raises ValueError for a model that does not give the states of each sequence alone.
+    """
+    if not model._supports_attention_backend:
+        raise ValueError(f"{_UNPACKABLE} ({type(model).__name__} has one of its own)")
+    register()
+    sequences = [torch.tensor([[1, 2, 3]]), torch.tensor([[3, 1]]), torch.tensor([[2, 2, 1, 3, 1]])]
+    model.eval()
+    alone = [model.base_model(input_ids=ids, use_cache=False).last_hidden_state for ids in sequences]
+    model.set_attn_implementation(PACKED_ATTENTION)
+    lengths = [ids.shape[1] for ids in sequences]
+    try:
+        packed = model.base_model(
+            input_ids=torch.cat(sequences, dim=1),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            packing=PackedLayout.of(lengths, device=torch.device("cpu")),
+            use_cache=False,
+        ).last_hidden_state
+        gap = float((packed - torch.cat(alone, dim=1)).abs().max() / packed.abs().max())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_UNPACKABLE} ({error})") from None
+    if not gap < _MAX_PACKING_GAP[packed.dtype]:
+        raise ValueError(f"{_UNPACKABLE} (its states differ by {gap:.2g} of the largest)")
 
 
 def deepspeed_config(config: LearnerConfig, *, world_size: int) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class LearnerWorker:
                 for name, path in self._teacher_paths.items()
             },
             removed_ids=removed_ids(self._objective),
+            packing=self._config.packing,
         )
         self._options = objective_options(self._objective)
 

@@ -15,19 +15,27 @@ GROUPS = st.lists(
 
 
 def split(
-    groups: Sequence[tuple[list[int], str]], *, num_ranks: int, max_tokens: int
+    groups: Sequence[tuple[list[int], str]], *, num_ranks: int, max_tokens: int, padded: bool = False
 ) -> tuple[list[GroupSummary], list[tuple[list[int], RankBatch]]]:
     """Return the summaries of groups, given by response lengths and teacher, and the ranks' shares."""
     summaries = [make_summary(*lengths) for lengths, _ in groups]
     teachers = [teacher for _, teacher in groups]
-    return summaries, rank_batches(summaries, teachers=teachers, num_ranks=num_ranks, max_tokens=max_tokens, version=6)
+    return summaries, rank_batches(
+        summaries,
+        teachers=teachers,
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        padded=padded,
+        hidden_size=8,
+        version=6,
+    )
 
 
-@given(groups=GROUPS, num_ranks=st.integers(1, 4), max_tokens=st.integers(32, 100))
+@given(groups=GROUPS, num_ranks=st.integers(1, 4), max_tokens=st.integers(32, 100), padded=st.booleans())
 def test_no_micro_batch_of_any_rank_mixes_teachers_and_every_sequence_is_in_one(
-    groups: list[tuple[list[int], str]], num_ranks: int, max_tokens: int
+    groups: list[tuple[list[int], str]], num_ranks: int, max_tokens: int, padded: bool
 ):
-    summaries, shares = split(groups, num_ranks=num_ranks, max_tokens=max_tokens)
+    summaries, shares = split(groups, num_ranks=num_ranks, max_tokens=max_tokens, padded=padded)
     assert sorted(i for share, _ in shares for i in share) == list(range(len(groups)))
     for share, batch in shares:
         assert batch.version == 6
@@ -40,7 +48,8 @@ def test_no_micro_batch_of_any_rank_mixes_teachers_and_every_sequence_is_in_one(
         assert sorted(n for cut in batch.micro_batches for n in cut) == list(range(len(of_sequences)))
         for cut in filter(None, batch.micro_batches):
             assert len({of_sequences[n][0] for n in cut}) == 1
-            assert len(cut) * max(PROMPT_TOKENS + of_sequences[n][1] for n in cut) <= max_tokens
+            lengths = [PROMPT_TOKENS + of_sequences[n][1] for n in cut]
+            assert (len(cut) * max(lengths) if padded else sum(lengths)) <= max_tokens
 
 
 @given(groups=GROUPS, num_ranks=st.integers(1, 4), max_tokens=st.integers(32, 100))
@@ -63,14 +72,31 @@ def test_sequences_that_would_fit_into_one_micro_batch_are_cut_by_teacher():
 
 
 def test_one_teacher_is_cut_by_length_alone():
-    _, ((_, batch),) = split([([3, 8], "a"), ([8], "a"), ([3], "a")], num_ranks=1, max_tokens=20)
+    groups = [([3, 8], "a"), ([8], "a"), ([3], "a")]
+    _, ((_, batch),) = split(groups, num_ranks=1, max_tokens=20, padded=True)
     assert batch.micro_batches == ((1, 2), (0, 3))
+    _, ((_, batch),) = split(groups, num_ranks=1, max_tokens=25)
+    assert batch.micro_batches == ((1, 2, 0), (3,))
 
 
 def test_a_rank_for_which_no_group_is_left_reads_the_first_one_and_counts_nothing_of_it():
-    _, shares = split([([3, 3], "b"), ([5], "a")], num_ranks=3, max_tokens=8)
+    _, shares = split([([3, 3], "b"), ([5], "a")], num_ranks=3, max_tokens=8, padded=True)
     assert sorted(share for share, batch in shares if any(batch.micro_batches)) == [[0], [1]]
     ((share, batch),) = [pair for pair in shares if not any(pair[1].micro_batches)]
     assert share == [0]
     assert batch.teachers == ("b",)
     assert batch.micro_batches == ((), ())
+
+
+def test_a_rank_with_fewer_micro_batches_splits_its_own_rather_than_compute_an_empty_one():
+    groups = [([30], "a"), ([30], "a"), ([13, 13, 13], "b")]
+    _, shares = split(groups, num_ranks=2, max_tokens=50)
+    cuts = [batch.micro_batches for _, batch in shares]
+    assert [len(cut) for cut in cuts] == [2, 2]
+    assert all(sequences for cut in cuts for sequences in cut)
+
+
+def test_ranks_are_balanced_by_a_cost_that_knows_of_attention():
+    groups = [([94], "a"), *[([4], "a")] * 14]  # at this width the long one costs as much as 32 short ones
+    _, shares = split(groups, num_ranks=2, max_tokens=100)
+    assert sorted(len(share) for share, _ in shares) == [1, 14]

@@ -42,9 +42,9 @@ def hidden_scores(hidden_ND: np.ndarray) -> list[HiddenScore]:
     return [HiddenScore(hidden_ND=hidden_ND[rows], sampled_logprobs_N=NO_LOGPROBS) for rows in (slice(4), slice(4, 6))]
 
 
-def inputs_of(scores: list, order: list[int], *, removed_ids: tuple[int, ...] = ()) -> dict:
+def inputs_of(scores: list, order: list[int], *, removed_ids: tuple[int, ...] = (), packing: bool = True) -> dict:
     sequences = split_groups([FIRST, SECOND], scores, PLAN, teachers=["wide", "wide"])
-    builder = InputBuilder(device=torch.device("cpu"), teacher_heads=HEADS, removed_ids=removed_ids)
+    builder = InputBuilder(device=torch.device("cpu"), teacher_heads=HEADS, removed_ids=removed_ids, packing=packing)
     return builder.build([sequences[i] for i in order])
 
 
@@ -92,11 +92,21 @@ def test_without_an_objective_every_token_that_the_policy_chose_counts_alike():
     assert plan.denominator == 5.0
 
 
+def test_without_packing_the_sequences_are_padded():
+    inputs = inputs_of(SAMPLED, [2, 0], packing=False)
+    sequences = inputs["sequences"]
+    assert sequences["input_ids"].tolist() == [[3, 31, 32, 0, 0], [1, 2, 11, 12, 13]]
+    assert sequences["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert inputs["state_rows_N"].tolist() == [0, 1, 6, 7, 8]
+
+
 def test_the_inputs_of_a_micro_batch_follow_the_order_of_its_sequences():
     inputs = inputs_of(SAMPLED, [2, 0])
-    assert inputs["input_ids_BT"].tolist() == [[3, 31, 32, 0, 0], [1, 2, 11, 12, 13]]
-    assert inputs["attention_mask_BT"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert inputs["state_rows_N"].tolist() == [0, 1, 6, 7, 8]
+    sequences = inputs["sequences"]
+    assert sequences["input_ids"].tolist() == [[3, 31, 32, 1, 2, 11, 12, 13]]
+    assert sequences["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert sequences["packing"].bounds_B1.tolist() == [0, 3, 8]
+    assert inputs["state_rows_N"].tolist() == [0, 1, 4, 5, 6]
     tokens = inputs["tokens"]
     assert tokens.ids_N.tolist() == [31, 32, 11, 12, 13]
     assert tokens.offsets.tolist() == [0, 2, 5]
@@ -156,7 +166,7 @@ def test_every_micro_batch_is_given_the_head_of_its_own_teacher():
         for num_tokens, width in ((4, 4), (2, 3))
     ]
     first, _, second = split_groups([FIRST, SECOND], scores, PLAN, teachers=["wide", "narrow"])
-    builder = InputBuilder(device=torch.device("cpu"), teacher_heads=HEADS, removed_ids=())
+    builder = InputBuilder(device=torch.device("cpu"), teacher_heads=HEADS, removed_ids=(), packing=True)
     for sequence, teacher in ((first, "wide"), (second, "narrow"), (second.without_loss(), "narrow")):
         signal = builder.build([sequence])["signal"]
         assert signal.head_VD is HEADS[teacher]

@@ -70,9 +70,11 @@ def toy_losses(options: ObjectiveOptions) -> tuple[Losses, torch.Tensor]:
         advantages_N=torch.zeros(3),
     )
     given = student(
-        torch.tensor([[1, 2, 3, 4, 5]]),
-        torch.ones(1, 5, dtype=torch.int64),
         torch.tensor([1, 2, 3]),
+        sequences={
+            "input_ids": torch.tensor([[1, 2, 3, 4, 5]]),
+            "attention_mask": torch.ones(1, 5, dtype=torch.int64),
+        },
         objective="sampled",
         tokens=tokens,
         signal=SampledSignal(logprobs_N=torch.tensor([-1.0, -2.0, -3.0])),

@@ -56,3 +56,19 @@ def test_a_checkpoint_without_head_or_embedding_is_refused_by_name(tmp_path: Pat
     path = save_whole(tmp_path, {"other": HEAD})
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no output head: expected {HEAD_NAME} or "):
         load_head(path, vocab_size=6)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lm_head.qweight": HEAD.int(), EMBEDDING_NAME: EMBEDDING},
+        {HEAD_NAME: HEAD.to(torch.int8), "lm_head.weight_scale": HEAD[:, :1].contiguous(), EMBEDDING_NAME: EMBEDDING},
+        {HEAD_NAME: HEAD.to(torch.float8_e4m3fn), EMBEDDING_NAME: EMBEDDING},
+    ],
+    ids=["packed", "int8", "float8"],
+)
+def test_a_quantised_head_is_refused_and_the_embedding_not_taken_for_it(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+):
+    with pytest.raises(ValueError, match=r"no output head: expected lm_head\.weight or"):
+        load_head(save_whole(tmp_path, tensors))

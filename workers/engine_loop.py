@@ -7,7 +7,7 @@ engine steps, so that weights never change inside a step.
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,12 @@ class _Request:
 class _Call:
     function: Callable[[], Any]
     done: "Future[Any]"
+
+
+def executor(engine_args: Mapping[str, Any]) -> str:
+    """Return how vLLM runs a model: in this process, or cut over several as tensor and pipeline parallelism ask."""
+    num_processes = engine_args.get("tensor_parallel_size", 1) * engine_args.get("pipeline_parallel_size", 1)
+    return "uni" if num_processes == 1 else "mp"
 
 
 class EngineLoop:

@@ -124,3 +124,26 @@ def test_a_group_that_no_teacher_can_score_leaves_the_worker_serving_others(mode
         assert summary.num_tokens == len(_GROUPS[0].response_ids)
 
     asyncio.run(scenario())
+
+
+def test_a_teacher_cut_over_two_processes_says_what_one_process_says(
+    model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it would give each process a memory node of its own
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    folder = model_folder(seed=2)
+    model = reference_model(folder)
+
+    async def scenario() -> None:
+        worker = _open(folder, tensor_parallel_size=2)
+        for group in _GROUPS:
+            truth_NV = reference_logprobs(model, group).detach()[:, :30].log_softmax(-1)
+            calls = [worker.score(group, request) for request in _REQUESTS[:2]]
+            (_, one), (_, top) = await asyncio.gather(*calls)
+            assert isinstance(one, SampledScore)
+            np.testing.assert_allclose(one.logprobs_N, sampled(truth_NV, group).numpy(), atol=1e-5)
+            assert isinstance(top, SupportScore)
+            np.testing.assert_allclose(top.logprobs_NK, truth_NV.topk(4).values.numpy(), atol=1e-5)
+        worker.close()
+
+    asyncio.run(scenario())

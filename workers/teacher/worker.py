@@ -15,7 +15,7 @@ from opd_ray.config.schema import TeacherConfig
 from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.protocol import Int32, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from opd_ray.requests import follows_student
-from workers.engine_loop import EngineLoop
+from workers.engine_loop import EngineLoop, executor
 from workers.output_head import head_of, load_head
 from workers.teacher.checks import check_ids
 from workers.teacher.head import TeacherHead
@@ -47,7 +47,7 @@ class TeacherWorker:
             "pooler_config": PoolerConfig(task="token_embed"),
             "dtype": config.dtype.value,
             "max_model_len": max_model_tokens,
-            "distributed_executor_backend": "uni",
+            "distributed_executor_backend": executor(config.engine_args),
             "disable_log_stats": True,
             **(_transfer_args() if follows_student(config) else {}),
             **config.engine_args,
@@ -73,6 +73,10 @@ class TeacherWorker:
     async def ready(self) -> bool:
         """Answer once the engine is built."""
         return True
+
+    def close(self) -> None:
+        """End the processes that the engine has started, if it has; they also end by themselves with this one."""
+        self._engine.engine_core.shutdown()
 
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
         """Score every response token of a group. Raises BadScore for a group that no teacher could score."""

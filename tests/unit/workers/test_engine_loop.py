@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from workers.engine_loop import EngineLoop
+from workers.engine_loop import EngineLoop, executor
 
 TIMEOUT_S = 10
 
@@ -211,3 +211,16 @@ def test_a_stop_ends_the_thread_and_fails_what_still_runs_and_what_comes_later()
     for future in (running, loop.submit(ids(2), 1), loop.call(lambda: None)):
         with pytest.raises(RuntimeError, match="stopped"):
             answer(future)
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "expected"),
+    [
+        ({}, "uni"),
+        ({"tensor_parallel_size": 1, "enforce_eager": True}, "uni"),
+        ({"tensor_parallel_size": 2}, "mp"),
+        ({"pipeline_parallel_size": 2}, "mp"),
+    ],
+)
+def test_a_model_cut_over_processes_needs_an_executor_that_starts_them(engine_args: dict[str, object], expected: str):
+    assert executor(engine_args) == expected

@@ -50,7 +50,7 @@ class TeacherActor:
             "equivalent_ids": equivalent_ids,
         }
         self._vocab_size = vocab_size
-        self._has_own_prompts = config.context is not None
+        self._is_recorded = config.kind is TeacherKind.cache  # by groups as they were recorded
         self._scorer: Scorer
         if config.kind is TeacherKind.http:
             assert config.http is not None
@@ -79,7 +79,7 @@ class TeacherActor:
 
         For a group that cannot be scored the summary says why.
         """
-        if self._has_own_prompts:
+        if not self._is_recorded:
             group = _as_teacher_reads(group)
         return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
 

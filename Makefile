@@ -12,7 +12,7 @@ STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -
 LIGER_VERSION := 0.8.5
 LIGER := $(VENV)/bench/liger_kernel-$(LIGER_VERSION).dist-info
 
-.PHONY: help setup demo test check unit bench clean
+.PHONY: help setup demo test slow check unit bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -44,8 +44,11 @@ check: setup  ## ruff, mypy, import-linter, size gate
 unit: setup  ## unit tests only
 	@$(BIN)/python -m pytest -q tests/unit
 
-test: check  ## the checks and all tests that need no GPU
-	@$(BIN)/python -m pytest -q -m "not gpu and not bench" --durations=5 tests
+test: check  ## the checks and the tests that need no GPU, but for the slow ones
+	@$(BIN)/python -m pytest -q -m "not gpu and not bench and not slow" --durations=5 tests
+
+slow: setup  ## the slow tests of the real stack: servers that die, resumed and longer runs
+	@$(BIN)/python -m pytest -q -m slow --durations=5 tests
 
 bench: $(LIGER)  ## measure all parts, or PART=loss, into runs/bench/bench.json
 	@$(BIN)/python tests/bench/run.py $(PART)

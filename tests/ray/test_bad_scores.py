@@ -94,6 +94,7 @@ def test_groups_that_a_teacher_cannot_score_are_quarantined_and_replaced_and_the
     assert len(events) == len(bad)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_teacher_that_can_score_nothing_any_more_ends_the_run_which_resumes_when_it_can(
     by_server: Overrides, tmp_path: Path
@@ -124,6 +125,7 @@ def test_a_teacher_that_can_score_nothing_any_more_ends_the_run_which_resumes_wh
     assert _lines(run_dir / "quarantine.jsonl") == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_on_a_real_server_ends_with_it_and_goes_on_when_it_is_back(
     by_server: Overrides, tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,7 @@ def test_other_weights_or_another_temperature_behind_the_score_turn_red(
     assert MismatchWatch().warnings(engine_gap_metrics({"teacher": (cold, 1.0)}))
 
 
+@pytest.mark.slow
 def test_a_run_that_asks_for_it_compares_its_teacher_with_the_checkpoint_before_the_first_step(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_run_that_asks_for_it_compares_its_teacher_with_the_checkpoint_before_
     assert "warning" not in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_a_sampler_that_rounds_more_than_the_learner_is_warned_of_once(
     overrides: Callable[..., list[str]], tmp_path: Path, model_folder: Any
 ) -> None:

@@ -180,6 +180,7 @@ def test_a_teacher_that_is_always_the_current_student_agrees_with_it_while_the_s
     assert float(moved.median()) == pytest.approx(0.9**2, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_average_of_its_checkpoint(own: Overrides, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "test"
     run = own(*_MOVED, "num_steps=3", "save_every=2", "teacher.self.update=ema", "teacher.self.ema_decay=0.5")
@@ -194,6 +195,7 @@ def test_a_resumed_run_goes_on_with_the_average_of_its_checkpoint(own: Overrides
         assert resumed[3][name] == pytest.approx(whole[3][name], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_itself_with_the_answer_in_sight(own: Overrides, tmp_path: Path) -> None:
     summary = _train(
         own(

@@ -147,3 +147,24 @@ def test_a_teacher_cut_over_two_processes_says_what_one_process_says(
         worker.close()
 
     asyncio.run(scenario())
+
+
+def test_sequences_longer_than_a_batch_of_the_engine_are_scored_in_parts(model_folder: Any) -> None:
+    folder = model_folder(seed=2)
+    model, head_VD = reference_model(folder), load_head(folder, vocab_size=30)
+    groups = [
+        make_group([(7 * place) % 30 for place in range(length)], [(11 * place) % 29 for place in range(50)], [4, 5])
+        for length in (3, 40)
+    ]
+
+    async def scenario() -> None:
+        worker = _open(folder, max_num_batched_tokens=16, max_num_seqs=8)
+        request = ScoreRequest(payload=Payload.hidden)
+        answers = await asyncio.gather(*(worker.score(group, request) for group in groups))
+        for group, (_, hidden) in zip(groups, answers, strict=True):
+            truth_NV = reference_logprobs(model, group)[:, :30].log_softmax(-1).detach()
+            assert isinstance(hidden, HiddenScore)
+            logprobs_NV = (torch.from_numpy(hidden.hidden_ND) @ head_VD.T).log_softmax(-1)
+            np.testing.assert_allclose(logprobs_NV.numpy(), truth_NV.numpy(), atol=1e-5)
+
+    asyncio.run(scenario())

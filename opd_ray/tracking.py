@@ -35,7 +35,7 @@ class Sink(Protocol):
 
 
 class RunTracker:
-    """`Tracker` of a run dir; keeps the history of this process for the summary."""
+    """`Tracker` of a run dir. Nothing of a step stays in memory but its number."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class RunTracker:
         line: StepLine,
         measured: Metrics = MappingProxyType({}),  # before the first step, and logged with it
     ) -> None:
-        self.history: list[dict[str, float]] = _kept_lines(run_dir.path / "metrics.jsonl", step=step)
+        self._steps = {line["step"] for line in _kept_lines(run_dir.path / "metrics.jsonl", step=step)}
         for path in (run_dir.path / "samples.jsonl", run_dir.quarantine):
             _kept_lines(path, step=step)
         self._run_dir = run_dir
@@ -65,7 +65,7 @@ class RunTracker:
         if summaries:
             record |= rollout_metrics(summaries) | self._rates(metrics, summaries)
         self._last = time.perf_counter()
-        self.history.append(record)
+        self._steps.add(step)
         self._append("metrics.jsonl", record)
         for summary in samples_shown(summaries, num_samples=self._num_samples):
             rewards = list(summary.rewards)
@@ -79,7 +79,14 @@ class RunTracker:
 
     def holds(self, step: int) -> bool:
         """Whether a step has been recorded, by this process or by the one that it resumes."""
-        return any(record["step"] == step for record in self.history)
+        return step in self._steps
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Return what was recorded of every step, but for values that were not finite."""
+        path = self._run_dir.path / "metrics.jsonl"
+        records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+        return [{name: value for name, value in record.items() if value is not None} for record in records]
 
     def finish(self, summary: Metrics) -> None:
         """Write summary.json and close the sinks."""

@@ -100,9 +100,10 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 loop.run(step)
             with console.phase("export student"):
                 fleets.learner.export(str(run_dir.export))
-    summary = {**summarise(tracker.history, wall_s=time.perf_counter() - start), **measured}
+    history = tracker.history
+    summary = {**summarise(history, wall_s=time.perf_counter() - start), **measured}
     tracker.finish(summary)
-    console.table("Result", result_rows(summary, history=tracker.history, phases=console.phase_seconds))
+    console.table("Result", result_rows(summary, history=history, phases=console.phase_seconds))
     console.say("\n".join(closing_words(run_dir)))
     return summary
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class ShuffledPrompts:
         self.prompts = prompts
         self._num_prompts = num_prompts
         self._seed = seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)  # a batch may lie in two epochs
 
     def batch(self, step: int) -> list[Prompt]:
         """Return the prompts of update `step`: positions step*n to (step+1)*n of the endless stream."""
@@ -35,7 +37,7 @@ class ShuffledPrompts:
         orders = {epoch: self._order(epoch) for epoch in {p // size for p in positions}}
         return [self.prompts[orders[p // size][p % size]] for p in positions]
 
-    def _order(self, epoch: int) -> Any:
+    def _shuffled(self, epoch: int) -> Any:
         return np.random.default_rng(derive_seed(self._seed, epoch)).permutation(len(self.prompts))
 
 

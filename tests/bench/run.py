@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
+from controller import controller
 from harness import Figure, record
 from loss import loss
 from loss_gpu import loss_gpu
@@ -11,6 +12,7 @@ from teacher import teacher
 from teacher_gpu import teacher_gpu
 
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
+    "controller": controller,
     "loss": loss,
     "loss_gpu": loss_gpu,
     "packing": packing,

@@ -116,6 +116,12 @@ def test_the_history_is_what_was_written(tmp_path: Path):
     assert tracker.history == lines(tmp_path)
 
 
+def test_a_value_that_is_not_finite_is_no_part_of_the_history(tmp_path: Path):
+    tracker = open_tracker(tmp_path)
+    tracker.log(1, {"train/loss": float("nan"), "train/lr": 0.5})
+    assert tracker.history == [{"step": 1, "train/lr": 0.5}]
+
+
 def test_the_summary_is_written_as_it_is_given(tmp_path: Path):
     open_tracker(tmp_path).finish({"wall_s": 1.5, "steps": 3})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"wall_s": 1.5, "steps": 3}

@@ -129,8 +129,11 @@ def test_a_group_that_no_teacher_can_score_leaves_the_worker_serving_others(mode
 def test_a_teacher_cut_over_two_processes_says_what_one_process_says(
     model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm import envs
+
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # it would give each process a memory node of its own
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    envs.disable_envs_cache()  # an engine of another test has made vLLM keep its environment
     folder = model_folder(seed=2)
     model = reference_model(folder)
 

@@ -7,13 +7,13 @@ from ray.exceptions import RayError
 
 from opd_ray.config.schema import Config
 from opd_ray.controller import Fleets, Loop
-from opd_ray.data.prompts import PromptSets, TaskPrompts
+from opd_ray.data.batches import ShuffledPrompts, TaskPrompts
+from opd_ray.data.prompts import PromptSets
 from opd_ray.evaluation import FleetEvaluator, HeldOut
 from opd_ray.protocol import CannotGoOn
 from opd_ray.requests import held_out_request, held_out_samples, score_request, training_samples
 from opd_ray.routing import recorded_scores, task_config
 from opd_ray.schedule import Schedule, derive_seed
-from opd_ray.scores import RecordedPrompts
 from opd_ray.screen import TeacherScreen
 from opd_ray.services import PromptSource, Quarantine, Tracker
 from opd_ray.state import DiskCheckpoints
@@ -88,7 +88,9 @@ def saved_when_stopped(checkpoints: DiskCheckpoints, fleets: Fleets) -> Iterator
 
 def _prompt_source(config: Config, prompts: PromptSets) -> PromptSource:
     if recorded_scores(config) is not None:
-        return RecordedPrompts(prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed)
+        return ShuffledPrompts(
+            prompts.train, num_prompts=config.batch.num_prompts, seed=config.seed, first_in_order=True
+        )
     return TaskPrompts(
         prompts.train,
         num_prompts=config.batch.num_prompts,

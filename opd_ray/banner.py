@@ -6,8 +6,9 @@ from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import BatchMode, Config, TeacherConfig
 from opd_ray.config.teacher import SelfUpdate, TeacherKind
 from opd_ray.console import step_breakdown
+from opd_ray.data.batches import mixed_counts
 from opd_ray.data.models import Models
-from opd_ray.data.prompts import PromptSets, mixed_counts
+from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Metrics, Payload
 from opd_ray.requests import score_request, training_samples
 from opd_ray.routing import recorded_scores, task_config, teachers_of

@@ -7,11 +7,10 @@ the shard itself) and shards, safetensors files of at most one update each.
 from opd_ray.scores.checks import check_offered, check_recording
 from opd_ray.scores.files import Recording, prepare_folder, read_recording
 from opd_ray.scores.manifest import Manifest, manifest_of
-from opd_ray.scores.prompts import RecordedPrompts, recorded_prompts
+from opd_ray.scores.prompts import recorded_prompts
 
 __all__ = [
     "Manifest",
-    "RecordedPrompts",
     "Recording",
     "check_offered",
     "check_recording",

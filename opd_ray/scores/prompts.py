@@ -1,6 +1,5 @@
 """Training prompts of a run whose responses and scores were recorded: the recorded groups, by their place."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,46 +8,8 @@ from opd_ray.config.schema import Config
 from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Prompt
 from opd_ray.routing import check_tasks, verifier_name
-from opd_ray.schedule import derive_seed
 from opd_ray.scores.files import Recording
 from opd_ray.scores.messages import prompt_key
-
-_REPLACEMENT_STREAM = 1
-
-
-class RecordedPrompts:
-    """Endless batches of recorded groups: the first epoch in the order of the recording, each later one shuffled."""
-
-    def __init__(self, prompts: Sequence[Prompt], *, num_prompts: int, seed: int) -> None:
-        self._prompts = prompts
-        self._num_prompts = num_prompts
-        self._seed = seed
-
-    def batch(self, step: int) -> list[Prompt]:
-        """Return the groups of update `step`: positions step*n to (step+1)*n of the endless stream."""
-        size = len(self._prompts)
-        positions = range(step * self._num_prompts, (step + 1) * self._num_prompts)
-        orders = {epoch: self._order(epoch) for epoch in {p // size for p in positions}}
-        return [self._prompts[orders[p // size][p % size]] for p in positions]
-
-    def replacement(self, step: int, *, position: int, attempt: int) -> Prompt:
-        """Return another group for a position of update `step`: of its task, and not of that update if there is one.
-
-        A function of (seed, step, position, attempt); the attempts at a position are different groups.
-        """
-        batch = self.batch(step)
-        of_task = [prompt for prompt in self._prompts if prompt.task == batch[position].task]
-        taken = {prompt.index for prompt in batch}
-        others = [prompt for prompt in of_task if prompt.index not in taken] or of_task
-        first = derive_seed(self._seed, _REPLACEMENT_STREAM, step, position)
-        return others[(first + attempt) % len(others)]
-
-    def _order(self, epoch: int) -> list[int]:
-        size = len(self._prompts)
-        if epoch == 0:
-            return list(range(size))
-        order: list[int] = np.random.default_rng(derive_seed(self._seed, epoch)).permutation(size).tolist()
-        return order
 
 
 def recorded_prompts(config: Config, recording: Recording, *, prompts: PromptSets) -> PromptSets:

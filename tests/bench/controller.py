@@ -13,7 +13,7 @@ from harness import Figure, at_most
 
 from opd_ray.config.schema import BatchMode
 from opd_ray.controller import Fleets, Loop
-from opd_ray.data.prompts import TaskPrompts
+from opd_ray.data.batches import TaskPrompts
 from opd_ray.protocol import (
     Batch,
     GenerateRequest,

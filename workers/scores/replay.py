@@ -33,7 +33,7 @@ class GroupReader:
 
 
 class ReplayRollout:
-    """`RolloutFleet` whose prompts are places in a recording (`RecordedPrompts`); weights go to the live one."""
+    """`RolloutFleet` whose prompts are places in a recording (`recorded_prompts`); weights go to the live one."""
 
     def __init__(self, live: RolloutFleet, *, reader: Any) -> None:
         self._live = live

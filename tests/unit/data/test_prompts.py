@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_ray.config.schema import BatchMode
-from opd_ray.data.prompts import PromptSets, ShuffledPrompts, TaskPrompts, in_shares, load_prompts
+from opd_ray.data.batches import ShuffledPrompts, TaskPrompts, in_shares
+from opd_ray.data.prompts import PromptSets, load_prompts
 from opd_ray.data.tiny_models import build_tokenizer
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"

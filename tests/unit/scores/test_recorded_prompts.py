@@ -8,9 +8,10 @@ from fakes import make_prompt
 from recordings import make_recorded_group, make_scored, record
 
 from opd_ray.config.schema import Config
+from opd_ray.data.batches import ShuffledPrompts
 from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Prompt
-from opd_ray.scores import RecordedPrompts, Recording, recorded_prompts
+from opd_ray.scores import Recording, recorded_prompts
 
 OTHER = replace(make_prompt(0, task="sort"), ids_P=np.array([9, 9], dtype=np.int32))
 
@@ -25,7 +26,11 @@ def recorded(folder: Path) -> tuple[Config, Recording]:
     return config, record(folder, compose_config(*MANDATORY), [groups[:3], groups[3:]])
 
 
-def batches(source: RecordedPrompts, steps: range) -> list[list[int]]:
+def in_order(train: list[Prompt], *, num_prompts: int = 2, seed: int = 0) -> ShuffledPrompts:
+    return ShuffledPrompts(train, num_prompts=num_prompts, seed=seed, first_in_order=True)
+
+
+def batches(source: ShuffledPrompts, steps: range) -> list[list[int]]:
     return [[prompt.index for prompt in source.batch(step)] for step in steps]
 
 
@@ -57,20 +62,29 @@ def test_a_recorded_task_without_a_teacher_is_refused(tmp_path: Path):
 def test_the_first_epoch_keeps_the_recorded_order_and_later_ones_are_shuffled_by_the_seed(tmp_path: Path):
     config, recording = recorded(tmp_path)
     train = recorded_prompts(config, recording, prompts=sets(OTHER)).train
-    source = RecordedPrompts(train, num_prompts=2, seed=1)
+    source = in_order(train, seed=1)
     flat = [index for batch in batches(source, range(10)) for index in batch]
     epochs = [flat[i : i + 5] for i in range(0, 20, 5)]
     assert epochs[0] == [0, 1, 2, 3, 4]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 2
-    assert batches(RecordedPrompts(train, num_prompts=2, seed=1), range(7, 10)) == batches(source, range(7, 10))
-    assert batches(RecordedPrompts(train, num_prompts=2, seed=2), range(3, 10)) != batches(source, range(3, 10))
+    assert batches(in_order(train, seed=1), range(7, 10)) == batches(source, range(7, 10))
+    assert batches(in_order(train, seed=2), range(3, 10)) != batches(source, range(3, 10))
 
 
 @pytest.mark.parametrize("num_prompts", [7, 12])
 def test_a_batch_may_be_larger_than_the_recording(tmp_path: Path, num_prompts: int):
     config, recording = recorded(tmp_path)
     train = recorded_prompts(config, recording, prompts=sets(OTHER)).train
-    (batch,) = batches(RecordedPrompts(train, num_prompts=num_prompts, seed=0), range(1))
+    (batch,) = batches(in_order(train, num_prompts=num_prompts), range(1))
     assert len(batch) == num_prompts
     assert batch[:5] == [0, 1, 2, 3, 4]
+
+
+def test_a_recorded_group_is_replaced_by_another_of_its_task_that_the_update_has_not(tmp_path: Path):
+    config, recording = recorded(tmp_path)
+    train = recorded_prompts(config, recording, prompts=sets(OTHER)).train
+    source = in_order([*train, replace(OTHER, index=9, task="copy")], seed=1)
+    others = [source.replacement(0, position=1, attempt=attempt).index for attempt in (1, 2, 3, 4)]
+    assert sorted(others[:3]) == [2, 3, 4]
+    assert others[3] == others[0]

@@ -27,15 +27,13 @@ from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config
 from opd_ray.data.models import Models, inspect_models
-from opd_ray.data.prompts import PromptSets, load_prompts
-from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts
+from opd_ray.data.prompts import PromptSets
 from opd_ray.data.tiny_models import is_built
 from opd_ray.engine_checks import EngineTest, engine_findings, student_as_teacher
+from opd_ray.plan import plan_run
 from opd_ray.preflight import Finding, Status, error, machine_findings, model_findings, ok, warning
 from opd_ray.preflight.machine import dashboard, hub_credentials, tracking_credentials
 from opd_ray.protocol import CannotGoOn
-from opd_ray.replay import replayed
-from opd_ray.requests import objective_ids
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.tracking import has_wandb_credentials
 from opd_ray.train import CONFIG_DIR, QUIET_ENV
@@ -125,11 +123,8 @@ def _models(config: Config) -> tuple[Models | None, list[Finding]]:
 
 def _prompts(config: Config, models: Models) -> tuple[PromptSets | None, list[Finding]]:
     try:
-        ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
         workers.check_teachers(config, teachers_of(config).by_name.values())
-        prompts = load_prompts(config, tokenizer=models.tokenizer)
-        check_teacher_room(config, longest_teacher_prompts(config, [*prompts.train, *prompts.held_out]))
-        _, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
+        prompts = plan_run(config, models).prompts
     except ValueError as refusal:
         return None, [error("objective and data", str(refusal), "as said")]
     found = f"{len(prompts.train):,} prompts to train on, {len(prompts.held_out):,} held out"

@@ -3,9 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,18 +21,17 @@ from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
 from opd_ray.config.validate import validate_vocabulary
 from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets
-from opd_ray.data.models import Models, inspect_models
-from opd_ray.data.prompts import PromptSets, load_prompts
-from opd_ray.data.teacher_context import check_teacher_room, longest_teacher_prompts, with_room
+from opd_ray.data.models import inspect_models
+from opd_ray.data.teacher_context import with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.engine_checks import EngineTest, teacher_gaps
 from opd_ray.evaluation import HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
+from opd_ray.plan import Plan, plan_run
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
 from opd_ray.quarantine import DiskQuarantine
-from opd_ray.replay import prepare_recording, replayed
-from opd_ray.requests import ObjectiveIds, objective_ids
+from opd_ray.replay import prepare_recording
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
 from opd_ray.tracking import RunTracker, open_sinks, record_event
@@ -77,7 +74,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
         gaps = _measure_engines(config, held_out=of_run, vocab_size=plan.models.vocab_size, console=console)
         with ExitStack() as stack:
             with console.phase("start workers"):
-                fleets = stack.enter_context(plan.open_fleets(config, log_dir=run_dir.logs))
+                fleets = stack.enter_context(_open_fleets(config, plan))
                 checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
                 checkpoints.restore(step, fleets.learner, fleets.teacher)
                 stack.enter_context(saved_when_stopped(checkpoints, fleets))
@@ -108,40 +105,26 @@ def train(config: Config, console: RunConsole) -> Metrics:
     return summary
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What a run is made of, checked before any worker starts."""
-
-    models: Models
-    ids: ObjectiveIds
-    prompts: PromptSets
-    prompt_tokens: Mapping[str, int]  # of each teacher's longest prompt
-
-    def open_fleets(self, config: Config, *, log_dir: Path) -> AbstractContextManager[Fleets]:
-        return workers.open_fleets(
-            config,
-            vocab_size=self.models.vocab_size,
-            ids=self.ids,
-            prompt_tokens=self.prompt_tokens,
-            log_dir=log_dir,
-        )
-
-
-def _plan(config: Config, console: RunConsole) -> _Plan:
-    """Build the tiny models that are missing, read models and prompts. Raises ValueError for what does not fit."""
-    teachers = teachers_of(config)
-    workers.check_teachers(config, teachers.by_name.values())
+def _plan(config: Config, console: RunConsole) -> Plan:
+    """Build the tiny models that are missing, and plan the run. Raises ValueError for what does not fit."""
+    teachers = teachers_of(config).by_name
+    workers.check_teachers(config, teachers.values())
     _build_missing_models(config, console)
     models = inspect_models(
-        student_path=config.student.path, teachers={teacher_key(n): t for n, t in teachers.by_name.items()}
+        student_path=config.student.path, teachers={teacher_key(name): t for name, t in teachers.items()}
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
-    ids = objective_ids(config.objective, tokenizer=models.tokenizer, vocab_size=models.vocab_size)
-    prompts = load_prompts(config, tokenizer=models.tokenizer)
-    models, prompts = replayed(config, models=models, prompts=prompts, ids=ids)
-    room = longest_teacher_prompts(config, [*prompts.train, *prompts.held_out])
-    check_teacher_room(config, room)
-    return _Plan(models=models, ids=ids, prompts=prompts, prompt_tokens=room)
+    return plan_run(config, models)
+
+
+def _open_fleets(config: Config, plan: Plan) -> AbstractContextManager[Fleets]:
+    return workers.open_fleets(
+        config,
+        vocab_size=plan.models.vocab_size,
+        ids=plan.ids,
+        prompt_tokens=plan.prompt_tokens,
+        log_dir=RunDir.of(config).logs,
+    )
 
 
 def main() -> None:

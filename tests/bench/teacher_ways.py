@@ -17,6 +17,7 @@ from workers.output_head import load_head
 from workers.teacher.head import TeacherHead
 from workers.teacher.messages import build_score
 from workers.teacher.rows import response_states
+from workers.teacher.score_checks import check_score
 from workers.teacher.worker import TeacherWorker
 
 TOP_K = 64
@@ -91,7 +92,10 @@ class OurTeacher:
 
 
 def our_handling(folder: Path, group: TrajectoryGroup, request: ScoreRequest) -> Callable[[], bytes]:
-    """Return what is done between the engine's states and the bytes of a score, without the arithmetic of the head."""
+    """Return what is done between the engine's states and the bytes of a score, without the arithmetic of the head.
+
+    The check that every score passes is part of it.
+    """
     head_RD = load_head(str(folder))
     head = TeacherHead(
         head_RD, vocab_size=VOCAB_SIZE, temperature=1.0, equivalence=Equivalence.of((), device=head_RD.device)
@@ -101,7 +105,9 @@ def our_handling(folder: Path, group: TrajectoryGroup, request: ScoreRequest) ->
     said = head.score(response_states(states, group), ids_N=ids_N, student_ids_NK=student_ids_NK, request=request)
 
     def handle() -> bytes:
-        return pickle.dumps(build_score(request.payload, response_states(states, group), said), protocol=5)
+        score = build_score(request.payload, response_states(states, group), said)
+        check_score(score, group, request, vocab_size=VOCAB_SIZE)
+        return pickle.dumps(score, protocol=5)
 
     return handle
 

@@ -1,15 +1,21 @@
 """What several tests of the real stack share: groups by hand, and the truth by plain transformers."""
 
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config
-from opd_ray.protocol import Prompt, TrajectoryGroup
+from opd_ray.console import RunConsole
+from opd_ray.protocol import Metrics, Prompt, TrajectoryGroup
+from opd_ray.train import train
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -19,6 +25,18 @@ def compose_config(overrides: list[str]) -> Config:
     register_schema()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return load(compose("train", overrides=overrides))
+
+
+def run_train(overrides: list[str], *, width: int = 200) -> tuple[Metrics, str]:
+    """Run a command line to its end; return the summary and what a person saw."""
+    screen = io.StringIO()
+    summary = train(compose_config(overrides), RunConsole(Console(file=screen, width=width)))
+    return summary, screen.getvalue()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON lines file; of one that is not there none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def reference_model(folder: str) -> torch.nn.Module:

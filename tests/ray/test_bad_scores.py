@@ -1,6 +1,5 @@
 """Whole runs whose teacher is a server: one that cannot score some groups, one that can score none, one that dies."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import CONFIG_DIR, compose_config
+from helpers import CONFIG_DIR, compose_config, read_lines
 from stub_teacher_server import StubServer, failed, nan, refused, serving, short
 from vllm_server import KEY, KEY_VARIABLE, vllm_serve
 
@@ -43,10 +42,6 @@ def by_server(overrides: Overrides, model_folder: Any) -> Overrides:
     return build
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 @contextmanager
 def _command(overrides: list[str]) -> Iterator["subprocess.Popen[str]"]:
     """Start the train command, and end it on leaving if it has not ended itself."""
@@ -73,7 +68,7 @@ def test_groups_that_a_teacher_cannot_score_are_quarantined_and_replaced_and_the
             compose_config(by_server(stub.url, "num_steps=6", "batch.max_bad_fraction=1", "eval_every=2")), RunConsole()
         )
     run_dir = tmp_path / "runs" / "test"
-    steps, bad = _lines(run_dir / "metrics.jsonl"), _lines(run_dir / "quarantine.jsonl")
+    steps, bad = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "quarantine.jsonl")
     assert [m["step"] for m in steps] == list(range(7))
     assert all(m["rollout/num_responses"] == 4 * 2 for m in steps[1:])
     for m in steps[1:]:
@@ -90,7 +85,7 @@ def test_groups_that_a_teacher_cannot_score_are_quarantined_and_replaced_and_the
     assert "Out of range" not in reasons
     assert summary["bad_groups"] == sum(m["teacher/bad_groups"] for m in steps[1:]) > 0
     assert all(b["text"] and b["task"] == "sort" and b["teacher"] == "teacher" for b in bad)
-    events = [e for e in _lines(run_dir / "events.jsonl") if e["kind"] == "bad_group"]
+    events = [e for e in read_lines(run_dir / "events.jsonl") if e["kind"] == "bad_group"]
     assert len(events) == len(bad)
 
 
@@ -114,15 +109,15 @@ def test_a_teacher_that_can_score_nothing_any_more_ends_the_run_which_resumes_wh
         assert f"{run_dir}/quarantine.jsonl" in error
         assert "resume=auto goes on from update 1" in error
         assert screen.count("warning: ") == 1
-        assert len(_lines(run_dir / "quarantine.jsonl")) == 4
-        assert _lines(run_dir / "events.jsonl")[-1]["message"] in error
-        assert [m["step"] for m in _lines(run_dir / "metrics.jsonl")] == [0, 1]
+        assert len(read_lines(run_dir / "quarantine.jsonl")) == 4
+        assert read_lines(run_dir / "events.jsonl")[-1]["message"] in error
+        assert [m["step"] for m in read_lines(run_dir / "metrics.jsonl")] == [0, 1]
 
         stub.defect = lambda _: None
         summary = train(compose_config([*overrides, "resume=auto"]), RunConsole())
-    assert [m["step"] for m in _lines(run_dir / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [m["step"] for m in read_lines(run_dir / "metrics.jsonl")] == [0, 1, 2, 3]
     assert summary["bad_groups"] == 0
-    assert _lines(run_dir / "quarantine.jsonl") == []
+    assert read_lines(run_dir / "quarantine.jsonl") == []
 
 
 @pytest.mark.slow
@@ -137,7 +132,7 @@ def test_a_run_on_a_real_server_ends_with_it_and_goes_on_when_it_is_back(
     with vllm_serve(folder, log_file=tmp_path / "server.log") as server:
         overrides = by_server(server.url, *own)
         with _command([*overrides, "num_steps=1000"]) as process:
-            while len(_lines(run_dir / "metrics.jsonl")) < 4:
+            while len(read_lines(run_dir / "metrics.jsonl")) < 4:
                 assert process.poll() is None, process.communicate()[0]
                 assert server.process.poll() is None, (tmp_path / "server.log").read_text(errors="replace")[-5000:]
                 time.sleep(0.1)
@@ -147,14 +142,14 @@ def test_a_run_on_a_real_server_ends_with_it_and_goes_on_when_it_is_back(
     (error,) = [line for line in screen.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: teacher: the teacher's server is down, 2 attempts in")
     assert server.url in error
-    last = _lines(run_dir / "metrics.jsonl")[-1]["step"]
+    last = read_lines(run_dir / "metrics.jsonl")[-1]["step"]
     assert last >= 3
     assert f"resume=auto goes on from update {last}" in error
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{last:06d}"]
 
     with vllm_serve(folder, log_file=tmp_path / "again.log", port=server.port):
         summary = train(compose_config([*overrides, f"num_steps={last + 2}", "resume=auto"]), RunConsole())
-    steps = _lines(run_dir / "metrics.jsonl")
+    steps = read_lines(run_dir / "metrics.jsonl")
     assert [m["step"] for m in steps] == list(range(last + 3))
     assert summary["bad_groups"] == 0
     assert abs(summary["reverse_kl_before"]) < 1e-4

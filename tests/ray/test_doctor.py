@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import compose_config
+from helpers import compose_config, read_lines, run_train
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -83,16 +83,15 @@ def test_other_weights_or_another_temperature_behind_the_score_turn_red(
 def test_a_run_that_asks_for_it_compares_its_teacher_with_the_checkpoint_before_the_first_step(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    screen = io.StringIO()
-    train(compose_config(overrides("num_steps=1", "teacher.reference_tokens=16")), RunConsole(Console(file=screen)))
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "test" / "metrics.jsonl").read_text().splitlines()]
+    _, screen = run_train(overrides("num_steps=1", "teacher.reference_tokens=16"))
+    lines = read_lines(tmp_path / "runs" / "test" / "metrics.jsonl")
     assert 0 < lines[0]["teacher/engine_gap_mean"] < 1e-4
     assert lines[0]["teacher/engine_gap_relative"] < 1e-3
     assert "teacher/engine_gap_mean" not in lines[1]
     assert lines[1]["rollout/logprob_gap_mean"] < 1e-4
     assert lines[1]["distill/signal"] > 0.1
     assert lines[1]["rollout/logprob_gap_relative"] < 1e-3
-    assert "warning" not in screen.getvalue()
+    assert "warning" not in screen
 
 
 @pytest.mark.slow
@@ -101,14 +100,11 @@ def test_a_sampler_that_rounds_more_than_the_learner_is_warned_of_once(
 ) -> None:
     """The teacher is the student itself: next to no signal, so that bfloat16 weighs more than all of it."""
     same = model_folder(seed=1)
-    screen = io.StringIO()
-    config = compose_config(overrides(f"teacher.path={same}", "rollout.dtype=bfloat16", "learner.lr=1e-9"))
-    train(config, RunConsole(Console(file=screen, width=300)))
-    run_dir = tmp_path / "runs" / "test"
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    _, screen = run_train(overrides(f"teacher.path={same}", "rollout.dtype=bfloat16", "learner.lr=1e-9"), width=300)
+    events = read_lines(tmp_path / "runs" / "test" / "events.jsonl")
     (event,) = [e for e in events if e["kind"] == "engine_mismatch"]
     assert event["message"].startswith("step 1: rollout/logprob_gap_mean ")
-    assert screen.getvalue().count("warning: rollout/logprob_gap_mean ") == 1
+    assert screen.count("warning: rollout/logprob_gap_mean ") == 1
 
 
 def test_the_command_says_in_json_and_by_its_exit_code_what_is_wrong(overrides: Callable[..., list[str]]) -> None:

@@ -1,8 +1,6 @@
 """Offline distillation on the real stack: a run records its groups and scores, another one trains on the recording."""
 
 import asyncio
-import io
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from helpers import compose_config, make_group
-from rich.console import Console
+from helpers import compose_config, make_group, read_lines, run_train
 
 import workers
 from opd_ray.config.schema import Config
 from opd_ray.config.teacher import CacheTeacherConfig
-from opd_ray.console import RunConsole
 from opd_ray.controller import Fleets
 from opd_ray.data.models import inspect_models
 from opd_ray.doctor import examine
@@ -39,7 +35,6 @@ from opd_ray.protocol import (
 from opd_ray.replay import prepare_recording
 from opd_ray.requests import ObjectiveIds, score_request
 from opd_ray.scores import read_recording
-from opd_ray.train import train
 from workers.scores import training_fleets
 from workers.teacher.errors import BadScore
 from workers.teacher.recorded import RecordedTeacher
@@ -47,16 +42,6 @@ from workers.teacher.recorded import RecordedTeacher
 pytestmark = pytest.mark.ray
 
 Overrides = Callable[..., list[str]]
-
-
-def _train(overrides: list[str]) -> tuple[Metrics, str]:
-    screen = io.StringIO()
-    summary = train(compose_config(overrides), RunConsole(Console(file=screen, width=200)))
-    return summary, screen.getvalue()
-
-
-def _steps(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _offline(overrides: Overrides, tmp_path: Path, *more: str) -> list[str]:
@@ -75,9 +60,9 @@ def _offline(overrides: Overrides, tmp_path: Path, *more: str) -> list[str]:
 def test_a_run_on_recorded_scores_repeats_the_run_that_recorded_them(
     overrides: Overrides, tmp_path: Path, objective: list[str]
 ) -> None:
-    recorded, _ = _train(overrides("num_steps=3", "record_scores=true", *objective))
-    replayed, screen = _train(_offline(overrides, tmp_path, "num_steps=3", *objective))
-    first, second = (_steps(tmp_path / "runs" / name) for name in ("test", "offline"))
+    recorded, _ = run_train(overrides("num_steps=3", "record_scores=true", *objective))
+    replayed, screen = run_train(_offline(overrides, tmp_path, "num_steps=3", *objective))
+    first, second = (read_lines(tmp_path / "runs" / name / "metrics.jsonl") for name in ("test", "offline"))
     assert [m["step"] for m in second] == [0, 1, 2, 3]
     for live, offline in zip(first[1:], second[1:], strict=True):
         # The same student on the same responses and scores: not the first update alone is the same.
@@ -104,12 +89,12 @@ def test_a_resumed_recording_goes_on_and_a_longer_run_goes_through_it_again(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     more = ["objective=sampled", "record_scores=true", "save_every=2"]
-    _train(overrides(*more))
-    _train(overrides(*more, "num_steps=3", "resume=auto"))
+    run_train(overrides(*more))
+    run_train(overrides(*more, "num_steps=3", "resume=auto"))
     recording = read_recording(tmp_path / "runs" / "test" / "scores")
     assert [group.step for group in recording.groups] == [0] * 4 + [1] * 4 + [2] * 4
-    _train(_offline(overrides, tmp_path, "objective=sampled", "num_steps=4", "batch.num_prompts=6", "seed=1"))
-    steps = _steps(tmp_path / "runs" / "offline")[1:]
+    run_train(_offline(overrides, tmp_path, "objective=sampled", "num_steps=4", "batch.num_prompts=6", "seed=1"))
+    steps = read_lines(tmp_path / "runs" / "offline" / "metrics.jsonl")[1:]
     assert len(steps) == 4
     assert all(m["train/ratio_mean"] > 0 for m in steps)
     assert all(m["rollout/logprob_gap_recorded_max"] >= 0 for m in steps)

@@ -1,8 +1,6 @@
 """The student as its own teacher, and privileged context, on real engines: as plain objects, then in whole runs."""
 
 import asyncio
-import io
-import json
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,14 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import compose_config, make_group, reference_logprobs, reference_model, sampled
-from rich.console import Console
+from helpers import make_group, read_lines, reference_logprobs, reference_model, run_train, sampled
 
 from opd_ray.config.schema import Dtype, TeacherConfig
 from opd_ray.config.teacher import SelfTeacherConfig, SelfUpdate, TeacherKind
-from opd_ray.console import RunConsole
-from opd_ray.protocol import Float32, HiddenScore, Metrics, Payload, SampledScore, ScoreRequest, TrajectoryGroup
-from opd_ray.train import train
+from opd_ray.protocol import Float32, HiddenScore, Payload, SampledScore, ScoreRequest, TrajectoryGroup
 from workers.output_head import load_head
 from workers.teacher.actor import TeacherActor
 from workers.weights import WeightManifest, plan_manifest, write_tensor
@@ -136,14 +131,6 @@ def test_an_average_scores_as_the_model_of_averaged_weights_does(model_folder: A
     asyncio.run(scenario())
 
 
-def _train(overrides: list[str]) -> Metrics:
-    return train(compose_config(overrides), RunConsole(Console(file=io.StringIO(), width=200)))
-
-
-def _steps(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture
 def own(overrides: Overrides) -> Overrides:
     """Return a function that gives the overrides of a run whose teacher is the student."""
@@ -158,7 +145,7 @@ def own(overrides: Overrides) -> Overrides:
 def test_the_frozen_student_as_teacher_gives_kl_zero_at_the_start_and_says_that_there_is_nothing_to_learn(
     own: Overrides, tmp_path: Path
 ) -> None:
-    summary = _train(own("num_steps=1", "learner.lr=1e-9"))
+    summary, _ = run_train(own("num_steps=1", "learner.lr=1e-9"))
     assert summary["reverse_kl_before"] < 1e-4
     assert summary["reverse_kl_after"] < 1e-4
     assert "without teacher.context" in (tmp_path / "runs" / "test" / "events.jsonl").read_text()
@@ -171,11 +158,11 @@ _MOVED = ("objective=sampled", "learner.weight_decay=10", "learner.lr=0.01", "ev
 def test_a_teacher_that_is_always_the_current_student_agrees_with_it_while_the_student_moves(
     own: Overrides, tmp_path: Path, model_folder: Any
 ) -> None:
-    _train(own(*_MOVED, "teacher.self.update=ema", "teacher.self.ema_decay=0"))
+    run_train(own(*_MOVED, "teacher.self.update=ema", "teacher.self.ema_decay=0"))
     run_dir = tmp_path / "runs" / "test"
-    for metrics in _steps(run_dir):
+    for metrics in read_lines(run_dir / "metrics.jsonl"):
         assert abs(metrics["eval/reverse_kl"]) < 1e-4
-    assert all(metrics["time/teacher_load_s"] > 0 for metrics in _steps(run_dir)[1:])
+    assert all(metrics["time/teacher_load_s"] > 0 for metrics in read_lines(run_dir / "metrics.jsonl")[1:])
     moved = load_head(str(run_dir / "export"), vocab_size=30) / load_head(model_folder(seed=1), vocab_size=30)
     assert float(moved.median()) == pytest.approx(0.9**2, abs=0.02)
 
@@ -184,12 +171,12 @@ def test_a_teacher_that_is_always_the_current_student_agrees_with_it_while_the_s
 def test_a_resumed_run_goes_on_with_the_average_of_its_checkpoint(own: Overrides, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "test"
     run = own(*_MOVED, "num_steps=3", "save_every=2", "teacher.self.update=ema", "teacher.self.ema_decay=0.5")
-    _train(run)
-    whole = _steps(run_dir)
+    run_train(run)
+    whole = read_lines(run_dir / "metrics.jsonl")
     assert abs(whole[3]["eval/reverse_kl"]) > 1e-2  # unlike a teacher that starts anew from the current student
     shutil.rmtree(run_dir / "checkpoints" / "step-000003", ignore_errors=True)
-    _train([*run, "resume=auto"])
-    resumed = _steps(run_dir)
+    run_train([*run, "resume=auto"])
+    resumed = read_lines(run_dir / "metrics.jsonl")
     assert resumed[:3] == whole[:3]
     for name in ("eval/reverse_kl", "distill/reverse_kl_sampled"):
         assert resumed[3][name] == pytest.approx(whole[3][name], rel=1e-3, abs=1e-4)
@@ -197,7 +184,7 @@ def test_a_resumed_run_goes_on_with_the_average_of_its_checkpoint(own: Overrides
 
 @pytest.mark.slow
 def test_a_student_learns_from_itself_with_the_answer_in_sight(own: Overrides, tmp_path: Path) -> None:
-    summary = _train(
+    summary, _ = run_train(
         own(
             f"student.path={tmp_path}/student",
             "student=tiny",

@@ -1,6 +1,5 @@
 """Whole runs on the real stack: Ray, vLLM rollouts, vLLM teacher, object store, DeepSpeed."""
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -10,29 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import compose_config
-from rich.console import Console
+from helpers import read_lines, run_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
-
-from opd_ray.console import RunConsole
-from opd_ray.protocol import Metrics
-from opd_ray.train import train
 
 pytestmark = pytest.mark.ray
 
 Overrides = Callable[..., list[str]]
-
-
-def _train(overrides: list[str]) -> tuple[Metrics, str]:
-    """Run to the end; return the summary and what a person saw."""
-    screen = io.StringIO()
-    summary = train(compose_config(overrides), RunConsole(Console(file=screen, width=200)))
-    return summary, screen.getvalue()
-
-
-def _lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +34,7 @@ def test_a_teacher_that_is_the_student_gives_kl_zero_through_the_whole_stack(
     overrides: Overrides, tmp_path: Path, model_folder: Any, objective: list[str]
 ) -> None:
     folder = model_folder(seed=1, tied=objective == ["objective=full"])
-    summary, _ = _train(
+    summary, _ = run_train(
         overrides(
             f"student.path={folder}",
             f"teacher.path={folder}",
@@ -63,7 +46,7 @@ def test_a_teacher_that_is_the_student_gives_kl_zero_through_the_whole_stack(
     )
     assert summary["reverse_kl_before"] < 1e-4
     assert summary["reverse_kl_after"] < 1e-4
-    steps = [m for m in _lines(tmp_path / "runs" / "test") if m["step"] > 0]
+    steps = [m for m in read_lines(tmp_path / "runs" / "test" / "metrics.jsonl") if m["step"] > 0]
     assert len(steps) == 2
     for metrics in steps:
         (estimate,) = (n for n in metrics if n.startswith(("distill/reverse_kl_", "distill/jsd_")))
@@ -99,9 +82,9 @@ def two_teachers(overrides: Overrides, model_folder: Any) -> Overrides:
 def test_a_mixed_batch_is_scored_by_the_teachers_of_its_tasks_each_with_its_own_head(
     two_teachers: Overrides, tmp_path: Path
 ) -> None:
-    summary, screen = _train(two_teachers("+tasks={copy: {loss_weight: 0}}"))
+    summary, screen = run_train(two_teachers("+tasks={copy: {loss_weight: 0}}"))
     run_dir = tmp_path / "runs" / "test"
-    lines = _lines(run_dir)
+    lines = read_lines(run_dir / "metrics.jsonl")
     assert len(lines) == 3
     for metrics in lines:
         assert metrics["eval/reverse_kl_sort"] < 1e-4
@@ -124,8 +107,8 @@ def test_sequential_batches_are_of_one_task_with_its_own_sampling_and_teacher(
     two_teachers: Overrides, tmp_path: Path
 ) -> None:
     options = "+tasks={copy: {samples_per_prompt: 3, max_response_tokens: 4}, sort: {max_response_tokens: 9}}"
-    _train(two_teachers("batch.mode=sequential", options, "objective=support", "objective.top_k=8"))
-    copy, sort = _lines(tmp_path / "runs" / "test")[1:]
+    run_train(two_teachers("batch.mode=sequential", options, "objective=support", "objective.top_k=8"))
+    copy, sort = read_lines(tmp_path / "runs" / "test" / "metrics.jsonl")[1:]
     assert (copy["rollout/num_responses"], sort["rollout/num_responses"]) == (4 * 3, 4 * 2)
     assert copy["rollout/response_tokens_max"] <= 4 < sort["rollout/response_tokens_max"] <= 9
     assert copy["distill/reverse_kl_support"] > 0.05
@@ -138,14 +121,14 @@ def test_a_run_leaves_what_the_readme_lists_and_a_student_that_others_load(
     overrides: Overrides, tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    summary, screen = _train(
+    summary, screen = run_train(
         overrides(
             f"student.path={model_folder(seed=1, tied=True)}", "tracking=wandb", "teacher.evaluate=true", "eval_every=1"
         )
     )
     run_dir = tmp_path / "runs" / "test"
 
-    steps = _lines(run_dir)
+    steps = read_lines(run_dir / "metrics.jsonl")
     assert [m["step"] for m in steps] == [0, 1, 2]
     assert all(m["rollout/logprob_gap_max"] < 1e-4 for m in steps[1:])
     assert all("eval/reverse_kl" in m and "eval/accuracy_avg" in m for m in steps)
@@ -153,7 +136,7 @@ def test_a_run_leaves_what_the_readme_lists_and_a_student_that_others_load(
     written = json.loads((run_dir / "summary.json").read_text())
     assert written == dict(summary)
     assert {"wall_s", "steps", "teacher_accuracy", "student_accuracy_before", "reverse_kl_after"} <= written.keys()
-    assert len(_lines(run_dir, "samples.jsonl")) == 2 * 2
+    assert len(read_lines(run_dir / "samples.jsonl")) == 2 * 2
     assert "num_prompts: 4" in (run_dir / "config.yaml").read_text()
     assert {p.name for p in (run_dir / "logs").iterdir()} >= {"rollout-0.log", "teacher-0.log", "learner-1.log"}
     assert list((run_dir / "wandb").glob("offline-run-*"))
@@ -183,7 +166,7 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
     data = tmp_path / "prompts.parquet"
     rows = [{"prompt": f"{i % 10}+1=", "answer": "1", "task": "numeric"} for i in range(12)]
     pq.write_table(pa.Table.from_pylist(rows), data)
-    _train(
+    run_train(
         overrides(
             "max_staleness=1",
             "num_steps=4",
@@ -196,7 +179,7 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
             "rollout.cpus_per_worker=0.25",
         )
     )
-    steps = _lines(tmp_path / "runs" / "test")[1:]
+    steps = read_lines(tmp_path / "runs" / "test" / "metrics.jsonl")[1:]
     assert len(steps) == 4
     assert steps[0]["train/token_age_mean"] == 0
     assert all(0 <= m["train/token_age_mean"] <= 1 for m in steps)
@@ -206,7 +189,7 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
 
 
 def test_a_few_updates_bring_the_student_nearer_to_its_teacher(overrides: Overrides) -> None:
-    summary, _ = _train(overrides("num_steps=25", "batch.num_prompts=16", "learner.lr=3e-3"))
+    summary, _ = run_train(overrides("num_steps=25", "batch.num_prompts=16", "learner.lr=3e-3"))
     assert summary["reverse_kl_after"] < 0.5 * summary["reverse_kl_before"]
 
 
@@ -215,12 +198,12 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(overrides: Overrides, tmp_pat
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10)))
     more = ["data=jsonl", f"data.path={data}", "data.task=null", "objective=support", "objective.top_k=4"]
-    _train(overrides(*more, "save_every=2"))
-    first = _lines(run_dir)
+    run_train(overrides(*more, "save_every=2"))
+    first = read_lines(run_dir / "metrics.jsonl")
     assert (run_dir / "checkpoints" / "step-000002" / "state.json").exists()
 
-    _train(overrides(*more, "save_every=2", "num_steps=3", "resume=auto"))
-    steps = _lines(run_dir)
+    run_train(overrides(*more, "save_every=2", "num_steps=3", "resume=auto"))
+    steps = read_lines(run_dir / "metrics.jsonl")
     assert steps[:3] == first
     assert [m["step"] for m in steps] == [0, 1, 2, 3]
     assert "eval/accuracy" not in steps[-1]  # the file gives no answers

@@ -1,27 +1,9 @@
 import numpy as np
 import pytest
 from fakes import make_prompt
+from groups import make_group
 
 from opd_ray.engine_checks import handful, leading_tokens
-from opd_ray.protocol import TrajectoryGroup
-
-
-def make_group(prompt: list[int], *responses: list[int]) -> TrajectoryGroup:
-    num_tokens = sum(map(len, responses))
-    return TrajectoryGroup(
-        prompt_ids=np.array(prompt, dtype=np.int32),
-        response_ids=np.concatenate(responses).astype(np.int32),
-        offsets=np.cumsum([0, *map(len, responses)]).astype(np.int32),
-        sampled_logprobs=np.zeros(num_tokens, dtype=np.float32),
-        token_versions=np.zeros(num_tokens, dtype=np.int32),
-        loss_mask=np.ones(num_tokens, dtype=np.bool_),
-        support_ids=np.empty((num_tokens, 0), dtype=np.int32),
-        rewards=np.empty(0, dtype=np.float32),
-        finish=np.zeros(len(responses), dtype=np.int8),
-        prompt_index=0,
-        task="exact",
-        seed=0,
-    )
 
 
 def test_a_handful_has_prompts_of_every_task_and_one_for_each_rank():

@@ -50,7 +50,8 @@ class TeacherActor:
             "equivalent_ids": equivalent_ids,
         }
         self._vocab_size = vocab_size
-        self._is_recorded = config.kind is TeacherKind.cache  # by groups as they were recorded
+        # A recording's scores are found by the groups as they were sampled, with the student's prompts.
+        self._is_recorded = config.kind is TeacherKind.cache
         self._scorer: Scorer
         if config.kind is TeacherKind.http:
             assert config.http is not None

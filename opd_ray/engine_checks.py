@@ -90,7 +90,7 @@ class EngineTest:
         with workers.learner_alone(
             self.config, teacher_paths={role: teacher.path}, vocab_size=self.vocab_size, log_dir=self.log_dir
         ) as learner:
-            kl = learner.held_out_kl(Batch(step=0, groups=handles, scores=answers))
+            kl, _ = learner.held_out_kl(Batch(step=0, groups=handles, scores=answers))
         return kl, _flat([score.sampled_logprobs_N for score in scores])
 
     def reference_gap(

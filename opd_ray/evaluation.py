@@ -120,12 +120,16 @@ class FleetEvaluator:
         return _part(batch, [not fault for fault in faults])
 
     def _reverse_kl(self, batch: Batch) -> Metrics:
-        learner, tasks = self.fleets.learner, sorted({group.task for group in batch.groups})
-        metrics = {"eval/reverse_kl": learner.held_out_kl(batch)} if tasks else {}
-        for task in tasks if len(self.held_out.tasks) > 1 else []:
-            of_task = _part(batch, [group.task == task for group in batch.groups])
-            metrics[f"eval/reverse_kl_{task}"] = learner.held_out_kl(of_task)
-        return metrics
+        of_tasks = {
+            task: self.fleets.learner.held_out_kl(_part(batch, [group.task == task for group in batch.groups]))
+            for task in sorted({group.task for group in batch.groups})
+        }
+        if not of_tasks:
+            return {}
+        total = sum(kl * num_tokens for kl, num_tokens in of_tasks.values())
+        mean = total / sum(num_tokens for _, num_tokens in of_tasks.values())
+        apart = of_tasks if len(self.held_out.tasks) > 1 else {}
+        return {"eval/reverse_kl": mean, **{f"eval/reverse_kl_{task}": kl for task, (kl, _) in apart.items()}}
 
 
 def _part(batch: Batch, wanted: Sequence[bool]) -> Batch:

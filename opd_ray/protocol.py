@@ -281,8 +281,9 @@ class Learner(Protocol):
         """Put the current weights into the object store under a version."""
         ...
 
-    def held_out_kl(self, batch: Batch) -> float:
-        """KL(student || teacher) in nats a token, exact on hidden states, else by the sampled tokens; no update."""
+    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
+        """KL(student || teacher) in nats a token, exact on hidden states, else by the sampled tokens, and the number of
+        tokens; no update."""
         ...
 
     def save(self, folder: str) -> None:

@@ -167,8 +167,8 @@ class _Learner:
     def publish(self, version: int) -> WeightBundle:
         return WeightBundle(version=version, manifest=None, buffer=None)
 
-    def held_out_kl(self, batch: Batch) -> float:  # noqa: ARG002
-        return 0.0
+    def held_out_kl(self, batch: Batch) -> tuple[float, int]:  # noqa: ARG002
+        return 0.0, 1
 
     def save(self, folder: str) -> None: ...
 

@@ -123,10 +123,10 @@ class FakeLearner:
         self.version = version
         return WeightBundle(version=version, manifest=None, buffer=None)
 
-    def held_out_kl(self, batch: Batch) -> float:
+    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
         self.events.append(("held_out_kl", batch.step))
         self.batches.append(batch)
-        return 0.75
+        return 2.25 / len(batch.groups), 10 * len(batch.groups)
 
     def save(self, folder: str) -> None:
         self.events.append(("save", folder))

@@ -86,7 +86,9 @@ def test_with_several_tasks_each_has_its_own_numbers_and_its_own_sampling():
         n + task for n in names for task in ("", "_exact", "_sort")
     }
     assert [r.sampling for r in fleets.rollout.requests[3:]] == [SAMPLING, other, other]
-    assert [len(batch.groups) for batch in fleets.learner.batches] == [3, 1, 2]
+    assert [len(batch.groups) for batch in fleets.learner.batches] == [1, 2]  # no token is computed twice
+    assert (metrics["eval/reverse_kl_exact"], metrics["eval/reverse_kl_sort"]) == (2.25, 1.125)
+    assert metrics["eval/reverse_kl"] == (10 * 2.25 + 20 * 1.125) / 30  # the mean over all tokens
     assert [p.index for p in held_out.of_task({"sort"}).prompts] == [1, 2]
 
 

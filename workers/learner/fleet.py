@@ -48,11 +48,12 @@ class RayLearner:
             "time/update_s": time.perf_counter() - ready,
         }
 
-    def held_out_kl(self, batch: Batch) -> float:
-        """Exact KL(student || teacher), mean over the batch's tokens, in nats."""
+    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
+        """Exact KL(student || teacher), mean over the batch's tokens, in nats, and their number."""
         shares = self._split(batch, ray.get([g.summary for g in batch.groups]))
         results = ray.get([rank.held_out_kl.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
-        return sum(total for total, _ in results) / sum(count for _, count in results)
+        num_tokens = sum(count for _, count in results)
+        return sum(total for total, _ in results) / num_tokens, num_tokens
 
     def publish(self, version: int) -> WeightBundle:
         """Start gathering the weights of all ranks; the references resolve when they are in the object store."""

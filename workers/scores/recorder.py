@@ -64,7 +64,7 @@ class RecordingLearner:
         """Put the current weights into the object store under a version."""
         return self._learner.publish(version)
 
-    def held_out_kl(self, batch: Batch) -> float:
+    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
         """KL(student || teacher); evaluation is not recorded."""
         return self._learner.held_out_kl(batch)
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from models import random_model
+from transformers import Qwen3ForCausalLM
 
 from opd_ray.data.packing import pack, pad
 from workers.learner.attention import PACKED_ATTENTION, PackedLayout, register
@@ -37,23 +38,16 @@ def main(cuts: dict[str, list[list[int]]]) -> None:
 
 
 def _model() -> Qwen3ForCausalLM:
-    """Return a random float32 model of 20 million parameters."""
+    """Return a model of 20 million parameters."""
     register()
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    return random_model(
         vocab_size=_VOCAB_SIZE,
         hidden_size=384,
         intermediate_size=1536,
         num_hidden_layers=7,
         num_attention_heads=6,
         num_key_value_heads=6,
-        head_dim=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return Qwen3ForCausalLM(config).float().train()
+    ).train()
 
 
 def _states(model: Qwen3ForCausalLM, lengths: Sequence[int], *, packed: bool) -> torch.Tensor:

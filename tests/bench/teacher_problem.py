@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from models import random_model
 
 from opd_ray.protocol import Int32, TrajectoryGroup
 
@@ -18,24 +18,16 @@ _EMBEDDING_STD, _WEIGHT_STD = 0.12, 0.05
 
 def save_teacher(folder: Path) -> None:
     """Write a random float32 model of 20 million parameters."""
-    config = Qwen3Config(
+    model = random_model(
         vocab_size=VOCAB_SIZE,
         hidden_size=384,
         intermediate_size=1152,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=6,
-        head_dim=64,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
         initializer_range=_WEIGHT_STD,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        dtype="float32",
     )
-    torch.manual_seed(_SEED)
-    model = Qwen3ForCausalLM(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_STD)
     model.save_pretrained(folder)
 

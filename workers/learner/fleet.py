@@ -18,11 +18,18 @@ from workers.learner.worker import LearnerWorker
 class RayLearner:
     """`Learner` on Ray actors, one a DeepSpeed rank."""
 
-    def __init__(self, *, config: LearnerConfig, berth: Berth, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        config: LearnerConfig,
+        berth: Berth,
+        arguments: dict[str, Any],
+        worker_class: type = LearnerWorker,
+    ) -> None:
         self._config = config
         self._hidden_size = hidden_size(arguments["student_path"])
         self._objective = arguments["objective"].config
-        self._ranks = spawn(LearnerWorker, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
+        self._ranks = spawn(worker_class, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
         self._set_up = self._start_ranks(local=berth.local)
         self._version = 0
 

@@ -24,6 +24,7 @@ class RayRolloutFleet:
         objective: ObjectiveConfig,
         max_model_tokens: int,
         berth: Berth,
+        worker_class: type = RolloutWorker,
     ) -> None:
         arguments = {
             "model_path": model_path,
@@ -31,7 +32,7 @@ class RayRolloutFleet:
             "max_model_tokens": max_model_tokens,
             "logprob_args": logprob_args(config, objective),
         }
-        self._workers = spawn(RolloutWorker, berth=berth, arguments=arguments, concurrent=True)
+        self._workers = spawn(worker_class, berth=berth, arguments=arguments, concurrent=True)
         self._num_dealt = 0
 
     def wait_ready(self) -> None:

@@ -64,8 +64,16 @@ def _check_request(teacher: TeacherConfig, request: ScoreRequest, *, temperature
 class RayTeacherFleet:
     """`TeacherFleet` on Ray actors."""
 
-    def __init__(self, *, name: str, config: TeacherConfig, berth: Berth, arguments: dict[str, Any]) -> None:
-        self._workers = spawn(TeacherActor, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: TeacherConfig,
+        berth: Berth,
+        arguments: dict[str, Any],
+        worker_class: type = TeacherActor,
+    ) -> None:
+        self._workers = spawn(worker_class, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
         self._name = name
         self._follows = follows_student(config)
         self._num_dealt = 0

@@ -1,14 +1,12 @@
 """Puts a run's loop together from its configuration, its fleets and what it uses besides them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from ray.exceptions import RayError
 
 from opd_ray.config.schema import Config
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.batches import ShuffledPrompts, TaskPrompts
 from opd_ray.data.prompts import PromptSets
+from opd_ray.dispatch import Dispatcher
 from opd_ray.evaluation import FleetEvaluator, HeldOut
 from opd_ray.protocol import CannotGoOn
 from opd_ray.requests import held_out_request, held_out_samples, score_request, training_samples
@@ -17,6 +15,7 @@ from opd_ray.schedule import Schedule, derive_seed
 from opd_ray.screen import TeacherScreen
 from opd_ray.services import PromptSource, Quarantine, Tracker
 from opd_ray.state import DiskCheckpoints
+from opd_ray.window import GroupWindow
 
 _HELD_OUT_SEED_STREAM = 3
 
@@ -41,29 +40,31 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
     quarantine: Quarantine,
 ) -> Loop:
     """Return the loop. fleets: those that evaluate; training: the same, recorded, or a recording in their place."""
-    source = _prompt_source(config, prompts)
-    sampling = {task: training_samples(config, task) for task in prompts.tasks}
-    asked = score_request(config.objective)
-    return Loop(
-        schedule=Schedule(
-            num_steps=config.num_steps,
-            max_staleness=config.max_staleness,
-            eval_every=config.eval_every,
-            save_every=config.save_every,
-        ),
-        sampling=sampling,
-        asked=asked,
+    schedule = Schedule(
+        num_steps=config.num_steps,
+        max_staleness=config.max_staleness,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+    )
+    dispatcher = Dispatcher(
+        rollout=training.rollout,
+        teacher=training.teacher,
+        prompts=_prompt_source(config, prompts),
+        sampling={task: training_samples(config, task) for task in prompts.tasks},
+        asked=score_request(config.objective),
         seed=config.seed,
+    )
+    return Loop(
+        schedule=schedule,
         fleets=training,
-        prompts=source,
+        window=GroupWindow(
+            dispatcher=dispatcher,
+            schedule=schedule,
+            num_prompts=config.batch.num_prompts,
+            overprovision=config.rollout.overprovision,
+        ),
         screen=TeacherScreen(
-            fleets=training,
-            prompts=source,
-            sampling=sampling,
-            asked=asked,
-            seed=config.seed,
-            max_bad_fraction=config.batch.max_bad_fraction,
-            quarantine=quarantine,
+            dispatcher=dispatcher, max_bad_fraction=config.batch.max_bad_fraction, quarantine=quarantine
         ),
         evaluator=FleetEvaluator(
             held_out=held_out(config, prompts), fleets=fleets, asked=held_out_request(config), quarantine=quarantine
@@ -73,14 +74,14 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
     )
 
 
-@contextmanager
-def saved_when_stopped(checkpoints: DiskCheckpoints, fleets: Fleets) -> Iterator[None]:
-    """Write a checkpoint of the last update when no further one is possible, and add to the cause that it is there."""
+def run_saved(loop: Loop, *, step: int, checkpoints: DiskCheckpoints) -> None:
+    """Run the loop from an update. When no further one is possible a checkpoint of the last is written; the error,
+    CannotGoOn, says so after the cause."""
     try:
-        yield
+        loop.run(step)
     except CannotGoOn as cause:
         try:
-            words = checkpoints.save_last(fleets.learner, fleets.teacher)
+            words = checkpoints.save_last(loop.fleets.learner, loop.fleets.teacher, loop.window)
         except (RayError, OSError) as fault:
             words = f"no checkpoint could be written: {fault}"
         raise CannotGoOn(f"{cause}; {words}") from None

@@ -1,22 +1,10 @@
 """The loop of on-policy distillation: schedules the fleets, passes references, never touches a token."""
 
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opd_ray.protocol import (
-    Batch,
-    GenerateRequest,
-    Learner,
-    Metrics,
-    RolloutFleet,
-    SamplingOptions,
-    ScoreRequest,
-    TeacherFleet,
-    WeightBundle,
-)
-from opd_ray.schedule import Schedule, request_seed
-from opd_ray.services import Checkpoints, Evaluator, PromptSource, Screen, Tracker
+from opd_ray.protocol import Learner, Metrics, RolloutFleet, TeacherFleet, WeightBundle
+from opd_ray.schedule import Schedule
+from opd_ray.services import Checkpoints, Evaluator, Screen, Tracker, Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +25,8 @@ class Loop:
     """Everything one run is made of. `run` returns after the last update."""
 
     schedule: Schedule
-    sampling: Mapping[str, SamplingOptions]  # by task
-    asked: ScoreRequest
-    seed: int
     fleets: Fleets
-    prompts: PromptSource
+    window: Window
     screen: Screen
     evaluator: Evaluator
     checkpoints: Checkpoints
@@ -49,34 +34,21 @@ class Loop:
 
     def run(self, step: int = 0) -> None:
         """Train from update `step` to the last: generate, score, screen, learn, publish."""
-        fleets, schedule, window = self.fleets, self.schedule, deque[Batch]()
+        fleets, schedule, window = self.fleets, self.schedule, self.window
         fleets.load(fleets.learner.publish(step))
         if schedule.is_eval(step) and not self.tracker.holds(step):
             self.tracker.log(step, self.evaluator.evaluate(step))
         while step < schedule.num_steps:
-            while schedule.may_dispatch(step=step, num_in_flight=len(window)):
-                window.append(self._dispatch(step + len(window), version=step))
-            batch, screened = self.screen.whole(window.popleft())
+            window.fill(step)
+            batch, taken = window.take(step)
+            batch, screened = self.screen.whole(batch)
             learned = fleets.learner.update(batch)
+            window.release()
             step += 1
             loaded = fleets.load(fleets.learner.publish(step))
             evaluated = self.evaluator.evaluate(step) if schedule.is_eval(step) else {}
             self.tracker.log(
-                step, {**screened, **learned, **loaded, **evaluated}, fleets.rollout.summaries(batch.groups)
+                step, {**taken, **screened, **learned, **loaded, **evaluated}, fleets.rollout.summaries(batch.groups)
             )
             if schedule.is_save(step):
-                self.checkpoints.save(step, fleets.learner, fleets.teacher)
-
-    def _dispatch(self, step: int, *, version: int) -> Batch:
-        """Start the batch of update `step`: every group is scored the moment it is finished."""
-        requests = [
-            GenerateRequest(
-                prompt=prompt,
-                sampling=self.sampling[prompt.task],
-                version=version,
-                seed=request_seed(self.seed, step=step, prompt_index=prompt.index, position=position),
-            )
-            for position, prompt in enumerate(self.prompts.batch(step))
-        ]
-        groups = self.fleets.rollout.generate(requests)
-        return Batch(step=step, groups=groups, scores=self.fleets.teacher.score(groups, self.asked))
+                self.checkpoints.save(step, fleets.learner, fleets.teacher, window)

@@ -148,7 +148,7 @@ def engine_findings(test: EngineTest, *, prompts: Sequence[Prompt], twin: Teache
     signals, of_teachers = dict[str, float](), list[Finding]()
     alive = {} if recorded_scores(config) is not None else teachers.by_name
     for name, teacher in alive.items():
-        mine = [handle for handle in handles if teachers.name_of(handle.task) == name]
+        mine = [handle for handle in handles if teachers.name_of(handle.request.prompt.task) == name]
         if not mine:
             continue
         key = teacher_key(name).removesuffix(".path")
@@ -178,7 +178,7 @@ def teacher_gaps(test: EngineTest, *, prompts: Sequence[Prompt]) -> Metrics:
     handles = test.sample(handful(mine, num_ranks=1))
     gaps = {}
     for name, teacher in asked.items():
-        of_teacher = [handle for handle in handles if teachers.name_of(handle.task) == name]
+        of_teacher = [handle for handle in handles if teachers.name_of(handle.request.prompt.task) == name]
         logprobs_N = test.score(teacher, handles=of_teacher, role=f"{name}-engine")[0]
         assert teacher.reference_tokens is not None
         measured = test.reference_gap(

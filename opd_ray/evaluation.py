@@ -35,7 +35,14 @@ class HeldOut:
     def requests(self, *, version: int) -> list[GenerateRequest]:
         """Return one request a prompt."""
         return [
-            GenerateRequest(prompt=p, sampling=self.sampling[p.task], version=version, seed=derive_seed(self.seed, i))
+            GenerateRequest(
+                prompt=p,
+                sampling=self.sampling[p.task],
+                version=version,
+                seed=derive_seed(self.seed, i),
+                step=version,
+                position=i,
+            )
             for i, p in enumerate(self.prompts)
         ]
 
@@ -83,33 +90,36 @@ class FleetEvaluator:
         start = time.perf_counter()
         rollout = self.fleets.rollout
         greedy = rollout.generate(self.held_out.greedy_requests(version=version))
-        requests = self.held_out.requests(version=version)
-        sampled = rollout.generate(requests)
-        seeds = [request.seed for request in requests]
+        sampled = rollout.generate(self.held_out.requests(version=version))
         return {
-            **self._taught(sampled, seeds=seeds, version=version),
+            **self._taught(sampled, version=version),
             **mean_reward("eval/accuracy", rollout.summaries(greedy)),
             **mean_reward("eval/accuracy_avg", rollout.summaries(sampled)),
             "time/eval_s": time.perf_counter() - start,
         }
 
-    def _taught(self, sampled: Sequence[GroupHandle], *, seeds: Sequence[int], version: int) -> Metrics:
+    def _taught(self, sampled: Sequence[GroupHandle], *, version: int) -> Metrics:
         """Return what a teacher is needed for."""
         if self.asked is None:
             return {}
         scores = self.fleets.teacher.score(sampled, self.asked)
-        batch = self._scored(Batch(step=version, groups=sampled, scores=scores), seeds=seeds)
+        batch = self._scored(Batch(step=version, groups=sampled, scores=scores))
         return {**self._reverse_kl(batch), "eval/bad_groups": float(len(sampled) - len(batch.groups))}
 
-    def _scored(self, batch: Batch, *, seeds: Sequence[int]) -> Batch:
+    def _scored(self, batch: Batch) -> Batch:
         """Wait for the scores; return the part of the batch that has them and quarantine the rest."""
         summaries = self.fleets.rollout.summaries(batch.groups)
         faults = [score.fault for score in self.fleets.teacher.summaries(batch.scores)]
-        for summary, score, seed, fault in zip(summaries, batch.scores, seeds, faults, strict=True):
+        for summary, group, score, fault in zip(summaries, batch.groups, batch.scores, faults, strict=True):
             if fault:
                 self.quarantine.add(
                     BadGroup(
-                        step=batch.step, held_out=True, teacher=score.teacher, seed=seed, reason=fault, summary=summary
+                        step=batch.step,
+                        held_out=True,
+                        teacher=score.teacher,
+                        seed=group.request.seed,
+                        reason=fault,
+                        summary=summary,
                     )
                 )
         if all(faults):
@@ -121,8 +131,10 @@ class FleetEvaluator:
 
     def _reverse_kl(self, batch: Batch) -> Metrics:
         of_tasks = {
-            task: self.fleets.learner.held_out_kl(_part(batch, [group.task == task for group in batch.groups]))
-            for task in sorted({group.task for group in batch.groups})
+            task: self.fleets.learner.held_out_kl(
+                _part(batch, [group.request.prompt.task == task for group in batch.groups])
+            )
+            for task in sorted({group.request.prompt.task for group in batch.groups})
         }
         if not of_tasks:
             return {}

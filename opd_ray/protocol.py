@@ -46,10 +46,6 @@ def _check_length(owner: object, name: str, expected: int) -> None:
         raise ValueError(f"{type(owner).__name__}.{name} has {given} entries, expected {expected}")
 
 
-def _no_ids() -> Int32:
-    return np.empty(0, dtype=np.int32)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How responses are drawn from the student."""
@@ -71,7 +67,8 @@ class Prompt:
     task: str  # decides teacher, sampling and weight
     verifier: str  # marks the responses
     answer: str | None  # reference answer; None: nothing to verify against
-    teacher_ids_P: Int32 = field(default_factory=_no_ids)  # what the teacher reads instead; [0]: the same
+    # what the teacher reads instead; [0]: the same
+    teacher_ids_P: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +79,8 @@ class GenerateRequest:
     sampling: SamplingOptions
     version: int  # oldest policy version that may serve this request
     seed: int  # of the group; sample g uses a function of (seed, g)
+    step: int  # the update whose batch of prompts it belongs to; held out: the version that is evaluated
+    position: int  # in that batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +100,8 @@ class TrajectoryGroup:
     prompt_index: int
     task: str
     seed: int
-    teacher_prompt_ids: Int32 = field(default_factory=_no_ids)  # what the teacher reads for prompt_ids; [0]: the same
+    # what the teacher reads for prompt_ids; [0]: the same
+    teacher_prompt_ids: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
     def __post_init__(self) -> None:
         num_tokens = len(self.response_ids)
@@ -193,7 +193,7 @@ class ScoreSummary:
 class GroupHandle:
     """A group on its way: two references that resolve when its last response is finished."""
 
-    task: str
+    request: GenerateRequest
     summary: Ref  # -> GroupSummary
     group: Ref  # -> TrajectoryGroup
 
@@ -225,6 +225,18 @@ class WeightBundle:
     buffer: Ref  # -> uint8 array, all tensors end to end
 
 
+class Lasting(Protocol):
+    """What has a state that outlives the run."""
+
+    def save(self, folder: str) -> None:
+        """Write it into a checkpoint's folder."""
+        ...
+
+    def restore(self, folder: str) -> None:
+        """Load what `save` has written."""
+        ...
+
+
 class RolloutFleet(Protocol):
     """The pool of workers that sample from the student."""
 
@@ -240,9 +252,13 @@ class RolloutFleet(Protocol):
         """Wait for groups and return their summaries, in order."""
         ...
 
+    def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:
+        """Wait until as many groups are finished and return their positions, ascending."""
+        ...
 
-class TeacherFleet(Protocol):
-    """The pool of workers that score trajectories with the teacher."""
+
+class TeacherFleet(Lasting, Protocol):
+    """The pool of workers that score trajectories with the teacher; those that change have a state."""
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring of groups, finished or not; return at once."""
@@ -256,16 +272,8 @@ class TeacherFleet(Protocol):
         """Show a new version of the student to teachers that are made of it; return timings."""
         ...
 
-    def save(self, folder: str) -> None:
-        """Write the state of teachers that change into a checkpoint's folder."""
-        ...
 
-    def restore(self, folder: str) -> None:
-        """Load what `save` has written."""
-        ...
-
-
-class Learner(Protocol):
+class Learner(Lasting, Protocol):
     """The student in training."""
 
     @property
@@ -284,14 +292,6 @@ class Learner(Protocol):
     def held_out_kl(self, batch: Batch) -> tuple[float, int]:
         """KL(student || teacher) in nats a token, exact on hidden states, else by the sampled tokens, and the number of
         tokens; no update."""
-        ...
-
-    def save(self, folder: str) -> None:
-        """Write a resumable checkpoint of all ranks into an empty folder."""
-        ...
-
-    def restore(self, folder: str) -> None:
-        """Load a checkpoint of all ranks."""
         ...
 
     def export(self, folder: str) -> None:

@@ -14,10 +14,6 @@ class Schedule:
     eval_every: int  # 0: only the first and the last step
     save_every: int  # 0: never
 
-    def may_dispatch(self, *, step: int, num_in_flight: int) -> bool:
-        """Whether another batch may start: its update exists and its samples will be at most max_staleness old."""
-        return num_in_flight <= self.max_staleness and step + num_in_flight < self.num_steps
-
     def is_eval(self, step: int) -> bool:
         """Whether the student is evaluated after update `step`."""
         return step in (0, self.num_steps) or (self.eval_every > 0 and step % self.eval_every == 0)

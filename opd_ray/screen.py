@@ -2,13 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from opd_ray.controller import Fleets
-from opd_ray.protocol import Batch, CannotGoOn, GenerateRequest, Metrics, SamplingOptions, ScoreRequest
-from opd_ray.schedule import request_seed
-from opd_ray.services import BadGroup, PromptSource, Quarantine
+from opd_ray.dispatch import Dispatcher, Flight
+from opd_ray.protocol import Batch, CannotGoOn, Metrics
+from opd_ray.services import BadGroup, Quarantine
 
 _ROUNDING = 1e-9  # 0.29 * 100 is 28.999...
 
@@ -25,11 +24,7 @@ class _Waits:
 class TeacherScreen:
     """`Screen` by the teachers' own word."""
 
-    fleets: Fleets
-    prompts: PromptSource
-    sampling: Mapping[str, SamplingOptions]  # by task
-    asked: ScoreRequest
-    seed: int  # of the run
+    dispatcher: Dispatcher
     max_bad_fraction: float
     quarantine: Quarantine
 
@@ -41,27 +36,25 @@ class TeacherScreen:
         which a single one is not too many unless max_bad_fraction is 0.
         """
         bad, waits, attempt = list[BadGroup](), _Waits(), 0
-        found = self._bad_groups(batch, range(len(batch.groups)), attempt=attempt, waits=waits)
+        found = self._bad_groups(batch, range(len(batch.groups)), waits=waits)
         while found:
             bad += found.values()
             self._check_share(bad, num_groups=len(batch.groups))
             attempt += 1
             batch = self._replaced(batch, list(found), attempt=attempt)
-            found = self._bad_groups(batch, list(found), attempt=attempt, waits=waits)
+            found = self._bad_groups(batch, list(found), waits=waits)
         return batch, {
             "teacher/bad_groups": float(len(bad)),
             "time/wait_rollout_s": waits.rollout_s,
             "time/wait_teacher_s": waits.teacher_s,
         }
 
-    def _bad_groups(
-        self, batch: Batch, positions: Sequence[int], *, attempt: int, waits: _Waits
-    ) -> dict[int, BadGroup]:
+    def _bad_groups(self, batch: Batch, positions: Sequence[int], *, waits: _Waits) -> dict[int, BadGroup]:
         """Wait for the groups at some positions and quarantine the bad ones; return these by position."""
         start = time.perf_counter()
-        summaries = self.fleets.rollout.summaries([batch.groups[i] for i in positions])
+        summaries = self.dispatcher.rollout.summaries([batch.groups[i] for i in positions])
         generated = time.perf_counter()
-        scores = self.fleets.teacher.summaries([batch.scores[i] for i in positions])
+        scores = self.dispatcher.teacher.summaries([batch.scores[i] for i in positions])
         waits.rollout_s += generated - start
         waits.teacher_s += time.perf_counter() - generated
         found = {
@@ -69,7 +62,7 @@ class TeacherScreen:
                 step=batch.step + 1,
                 held_out=False,
                 teacher=batch.scores[position].teacher,
-                seed=self._seed(batch.step, summary.prompt_index, position=position, attempt=attempt),
+                seed=batch.groups[position].request.seed,
                 reason=score.fault,
                 summary=summary,
             )
@@ -82,27 +75,13 @@ class TeacherScreen:
 
     def _replaced(self, batch: Batch, positions: Sequence[int], *, attempt: int) -> Batch:
         """Start a replacement for each position, and have it scored."""
-        prompts = [self.prompts.replacement(batch.step, position=p, attempt=attempt) for p in positions]
-        requests = [
-            GenerateRequest(
-                prompt=prompt,
-                sampling=self.sampling[prompt.task],
-                version=batch.step,
-                seed=self._seed(batch.step, prompt.index, position=position, attempt=attempt),
-            )
-            for position, prompt in zip(positions, prompts, strict=True)
-        ]
-        groups = self.fleets.rollout.generate(requests)
-        group_at = dict(zip(positions, groups, strict=True))
-        score_at = dict(zip(positions, self.fleets.teacher.score(groups, self.asked), strict=True))
+        places = [Flight(group=batch.groups[i], score=batch.scores[i]).place for i in positions]
+        flights = dict(zip(positions, self.dispatcher.start(places, version=batch.step, attempt=attempt), strict=True))
         return replace(
             batch,
-            groups=[group_at.get(i, group) for i, group in enumerate(batch.groups)],
-            scores=[score_at.get(i, score) for i, score in enumerate(batch.scores)],
+            groups=[flights[i].group if i in flights else group for i, group in enumerate(batch.groups)],
+            scores=[flights[i].score if i in flights else score for i, score in enumerate(batch.scores)],
         )
-
-    def _seed(self, step: int, prompt_index: int, *, position: int, attempt: int) -> int:
-        return request_seed(self.seed, step=step, prompt_index=prompt_index, position=position, attempt=attempt)
 
     def _check_share(self, bad: Sequence[BadGroup], *, num_groups: int) -> None:
         allowed = max(int(self.max_bad_fraction * num_groups + _ROUNDING), 1 if self.max_bad_fraction > 0 else 0)

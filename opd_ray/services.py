@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opd_ray.protocol import Batch, GroupSummary, Metrics, Prompt
+from opd_ray.protocol import Batch, GroupSummary, Lasting, Metrics, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,22 @@ class Quarantine(Protocol):
 
     def warn(self, message: str) -> None:
         """Tell what follows from bad groups."""
+        ...
+
+
+class Window(Lasting, Protocol):
+    """Holds the groups in flight, not more than memory and staleness allow."""
+
+    def fill(self, step: int) -> None:
+        """Start as many groups as may be in flight while update `step` is waited for."""
+        ...
+
+    def take(self, step: int) -> tuple[Batch, Metrics]:
+        """Return what update `step` learns from, finished or not."""
+        ...
+
+    def release(self) -> None:
+        """Forget the groups taken last: they are learned from."""
         ...
 
 
@@ -76,18 +92,6 @@ class Evaluator(Protocol):
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/*` metrics of the student at a version."""
-        ...
-
-
-class Lasting(Protocol):
-    """What has a state that outlives the run."""
-
-    def save(self, folder: str) -> None:
-        """Write it into a checkpoint's folder."""
-        ...
-
-    def restore(self, folder: str) -> None:
-        """Load what `save` has written."""
         ...
 
 

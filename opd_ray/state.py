@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_ray.config.schema import Config, ResumePolicy
-from opd_ray.protocol import Learner
-from opd_ray.services import Lasting
+from opd_ray.protocol import Lasting, Learner
 
 _STATE_FILE = "state.json"  # written last inside a checkpoint: without it the folder is no checkpoint
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from transformers.utils.logging import disable_progress_bar
 
 import workers
-from opd_ray.assembly import build_loop, held_out, saved_when_stopped
+from opd_ray.assembly import build_loop, held_out, run_saved
 from opd_ray.banner import closing_words, describe_run, result_rows
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
@@ -77,11 +77,8 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 fleets = stack.enter_context(_open_fleets(config, plan))
                 checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
                 checkpoints.restore(step, fleets.learner, fleets.teacher)
-                stack.enter_context(saved_when_stopped(checkpoints, fleets))
-            with (
-                _training_fleets(config, fleets, console=console) as training,
-                console.progress_phase("train", num_steps=config.num_steps, done=step) as line,
-            ):
+            training = stack.enter_context(_training_fleets(config, fleets, console=console))
+            with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
                 tracker = RunTracker(
                     run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line, measured=gaps
                 )
@@ -94,9 +91,10 @@ def train(config: Config, console: RunConsole) -> Metrics:
                     tracker=tracker,
                     quarantine=DiskQuarantine(run_dir, say=console.say),
                 )
-                loop.run(step)
+                checkpoints.restore(step, loop.window)
+                run_saved(loop, step=step, checkpoints=checkpoints)
             with console.phase("export student"):
-                fleets.learner.export(str(run_dir.export))
+                training.learner.export(str(run_dir.export))
     history = tracker.history
     summary = {**summarise(history, wall_s=time.perf_counter() - start), **measured}
     tracker.finish(summary)

@@ -83,6 +83,7 @@ def open_fleets(
         max_model_tokens=config.data.max_prompt_tokens + response_tokens,
         berth=berths["rollout"],
         objective=config.objective,
+        deterministic=config.deterministic,
     )
     teacher_arguments = {
         "request": score_request(config.objective),
@@ -90,6 +91,7 @@ def open_fleets(
         "vocab_size": vocab_size,
         "temperature": config.rollout.temperature,
         "equivalent_ids": ids.equivalent,
+        "deterministic": config.deterministic,
     }
     teacher_fleets = {
         name: RayTeacherFleet(
@@ -217,6 +219,7 @@ def _learner_arguments(
             loss_weights={task: special.loss_weight for task, special in config.tasks.items()},
         ),
         "num_steps": config.num_steps,
+        "deterministic": config.deterministic,
     }
 
 

@@ -6,8 +6,10 @@ engine steps, so that weights never change inside a step.
 
 import contextlib
 import queue
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ class _Request:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
     function: Callable[[], Any]
+    drained: bool  # only while no sequence runs
     done: "Future[Any]"
 
 
@@ -39,13 +42,17 @@ def executor(engine_args: Mapping[str, Any]) -> str:
 class EngineLoop:
     """Owns a `vllm.v1.engine.llm_engine.LLMEngine` and the thread that steps it.
 
+    max_running: sequences that the engine has at a time; the others wait here, in order, untouched by any weights.
     cache_salt: set from inside a `call`; requests admitted from then on share cached prefixes with one another only.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, max_running: int = sys.maxsize) -> None:
         self.cache_salt: str | None = None
         self._engine = engine
-        self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
+        self._max_running = max_running
+        self._inbox: queue.SimpleQueue[list[_Request] | _Call | None] = queue.SimpleQueue()
+        self._waiting = deque[_Request]()
+        self._held = deque[_Call]()  # calls that wait for the last running sequence: until then none is admitted
         self._running: dict[str, Future[Any]] = {}
         self._num_requests = 0
         self._fault: BaseException | None = None
@@ -57,14 +64,26 @@ class EngineLoop:
 
         cache_salt: share cached prefixes only with requests of the same salt; None: with those of the loop's.
         """
-        done: Future[Any] = Future()
-        self._put(_Request(token_ids=token_ids.tolist(), params=params, cache_salt=cache_salt, done=done))
-        return done
+        return self.submit_together([(token_ids, params)], cache_salt=cache_salt)[0]
 
-    def call(self, function: Callable[[], Any]) -> "Future[Any]":
-        """Run a function on the loop's thread between two engine steps; the future resolves to its result."""
+    def submit_together(
+        self, sequences: Sequence[tuple[npt.NDArray[np.int32], Any]], *, cache_salt: str | None = None
+    ) -> "list[Future[Any]]":
+        """Queue sequences, pairs of token ids and parameters, of which none starts a step before the others."""
+        requests = [
+            _Request(token_ids=token_ids.tolist(), params=params, cache_salt=cache_salt, done=Future())
+            for token_ids, params in sequences
+        ]
+        self._put(requests)
+        return [request.done for request in requests]
+
+    def call(self, function: Callable[[], Any], *, drained: bool = False) -> "Future[Any]":
+        """Run a function on the loop's thread between two engine steps; the future resolves to its result.
+
+        drained: first let all running sequences finish, and start no other meanwhile.
+        """
         done: Future[Any] = Future()
-        self._put(_Call(function=function, done=done))
+        self._put(_Call(function=function, drained=drained, done=done))
         return done
 
     def stop(self) -> None:
@@ -72,7 +91,7 @@ class EngineLoop:
         self._inbox.put(None)
         self._thread.join()
 
-    def _put(self, item: _Request | _Call) -> None:
+    def _put(self, item: list[_Request] | _Call) -> None:
         self._inbox.put(item)
         if self._fault is not None:  # looked at after the put: one of the two, the thread or we, sees the other
             self._refuse_waiting(self._fault)
@@ -91,11 +110,18 @@ class EngineLoop:
             item = self._inbox.get()
             if item is None:
                 return False
-            if isinstance(item, _Call):
-                self._answer(item)
+            if isinstance(item, list):
+                self._waiting += item
+            elif item.drained and self._running:
+                self._held.append(item)
             else:
-                self._admit(item)
+                self._answer(item)
+            self._admit_waiting()
         return True
+
+    def _admit_waiting(self) -> None:
+        while self._waiting and not self._held and len(self._running) < self._max_running:
+            self._admit(self._waiting.popleft())
 
     def _answer(self, item: _Call) -> None:
         if not item.done.set_running_or_notify_cancel():
@@ -125,16 +151,25 @@ class EngineLoop:
         for output in self._engine.step():
             if output.finished:
                 self._running.pop(output.request_id).set_result(output)
+        while self._held and not self._running:
+            self._answer(self._held.popleft())
+        self._admit_waiting()
 
     def _fail_all(self, fault: BaseException) -> None:
         self._fault = fault
         for done in self._running.values():
             done.set_exception(fault)
+        _refuse([*self._waiting, *self._held], fault)
         self._refuse_waiting(fault)
 
     def _refuse_waiting(self, fault: BaseException) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._inbox.get_nowait()
-                if item is not None and item.done.set_running_or_notify_cancel():
-                    item.done.set_exception(fault)
+                _refuse(item if isinstance(item, list) else [item] if item is not None else [], fault)
+
+
+def _refuse(items: Sequence[_Request | _Call], fault: BaseException) -> None:
+    for item in items:
+        if item.done.set_running_or_notify_cancel():
+            item.done.set_exception(fault)

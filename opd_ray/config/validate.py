@@ -38,11 +38,25 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _modes(config: Config) -> None:
+    over, staleness = config.rollout.overprovision, config.max_staleness
     _require(
-        not config.deterministic,
-        "deterministic=true: fixed engine batches are not built yet; equal seeds alone give runs that agree up to"
-        " rounding",
+        over == 0 or staleness >= 1,
+        f"rollout.overprovision={over} with max_staleness={staleness}: expected max_staleness of at least 1, groups"
+        " that an update leaves are learned from one update later",
     )
+    if not config.deterministic:
+        return
+    _require(
+        over == 0,
+        f"rollout.overprovision={over} with deterministic=true: expected 0, which groups finish first is a matter of"
+        " timing",
+    )
+    for name, teacher in teachers_of(config).by_name.items():
+        _require(
+            teacher.kind is not TeacherKind.http,
+            f"{teacher_key(name).removesuffix('path')}kind=http with deterministic=true: a server batches requests as"
+            " they come; expected another kind of teacher",
+        )
 
 
 def _data(config: Config) -> None:

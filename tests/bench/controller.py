@@ -14,11 +14,13 @@ from harness import Figure, at_most
 from opd_ray.config.schema import BatchMode
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.batches import TaskPrompts
+from opd_ray.dispatch import Dispatcher
 from opd_ray.protocol import (
     Batch,
     GenerateRequest,
     GroupHandle,
     GroupSummary,
+    Lasting,
     Metrics,
     Payload,
     Prompt,
@@ -30,9 +32,10 @@ from opd_ray.protocol import (
 )
 from opd_ray.schedule import Schedule
 from opd_ray.screen import TeacherScreen
-from opd_ray.services import BadGroup, Lasting
+from opd_ray.services import BadGroup
 from opd_ray.state import RunDir
 from opd_ray.tracking import RunTracker
+from opd_ray.window import GroupWindow
 
 _PART = "controller"
 _TASK = "bench"
@@ -82,23 +85,20 @@ def _leak_kb(prompts: Sequence[Prompt], *, num_steps: int) -> float:
 
 def _loop(prompts: Sequence[Prompt], *, num_groups: int, num_steps: int, folder: Path, line: "_Line") -> Loop:
     fleets = Fleets(rollout=_Rollout(), teacher=_Teacher(), learner=_Learner())
-    source = TaskPrompts(prompts, num_prompts=num_groups, shares={_TASK: 1.0}, mode=BatchMode.mixed, seed=0)
-    return Loop(
-        schedule=Schedule(num_steps=num_steps, max_staleness=1, eval_every=0, save_every=0),
+    schedule = Schedule(num_steps=num_steps, max_staleness=1, eval_every=0, save_every=0)
+    dispatcher = Dispatcher(
+        rollout=fleets.rollout,
+        teacher=fleets.teacher,
+        prompts=TaskPrompts(prompts, num_prompts=num_groups, shares={_TASK: 1.0}, mode=BatchMode.mixed, seed=0),
         sampling={_TASK: _SAMPLING},
         asked=_ASKED,
         seed=0,
+    )
+    return Loop(
+        schedule=schedule,
         fleets=fleets,
-        prompts=source,
-        screen=TeacherScreen(
-            fleets=fleets,
-            prompts=source,
-            sampling={_TASK: _SAMPLING},
-            asked=_ASKED,
-            seed=0,
-            max_bad_fraction=0.1,
-            quarantine=_Quarantine(),
-        ),
+        window=GroupWindow(dispatcher=dispatcher, schedule=schedule, num_prompts=num_groups),
+        screen=TeacherScreen(dispatcher=dispatcher, max_bad_fraction=0.1, quarantine=_Quarantine()),
         evaluator=_Evaluator(),
         checkpoints=_Checkpoints(),
         tracker=RunTracker(RunDir(path=folder), step=0, num_samples=2, sinks=[], line=line),
@@ -120,7 +120,7 @@ class _Line:
 
 class _Rollout:
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
-        return [GroupHandle(task=request.prompt.task, summary=request, group=None) for request in requests]
+        return [GroupHandle(request=request, summary=request, group=None) for request in requests]
 
     def load(self, weights: WeightBundle) -> Metrics:  # noqa: ARG002
         return {"time/load_s": 0.0}
@@ -129,7 +129,7 @@ class _Rollout:
         return [
             GroupSummary(
                 prompt_index=group.summary.prompt.index,
-                task=group.task,
+                task=group.request.prompt.task,
                 num_prompt_tokens=16,
                 response_lengths=(100,) * _NUM_SAMPLES,
                 num_loss_tokens=800,
@@ -141,6 +141,9 @@ class _Rollout:
             )
             for group in groups
         ]
+
+    def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:  # noqa: ARG002
+        return list(range(num_groups))
 
 
 class _Teacher:

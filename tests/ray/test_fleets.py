@@ -31,7 +31,8 @@ def test_a_finished_group_is_scored_while_others_still_generate(
     )
     long = replace(short, num_samples=8, max_response_tokens=96)
     requests = [
-        GenerateRequest(prompt=make_prompt(1, 2, 3), sampling=sampling, version=0, seed=1) for sampling in (long, short)
+        GenerateRequest(prompt=make_prompt(1, 2, 3), sampling=sampling, version=0, seed=1, step=0, position=0)
+        for sampling in (long, short)
     ]
     ids = ObjectiveIds(masked=(), equivalent=())
     room = {"teacher": config.data.max_prompt_tokens}

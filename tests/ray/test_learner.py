@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from fakes import make_request
 from helpers import compose_config, make_group, reference_logprobs, reference_model, sampled
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +85,7 @@ def _batch(teacher: Any, kind: ObjectiveKind = ObjectiveKind.full) -> Batch:
             generate_s=0.0,
         )
         scored = ScoreSummary(num_tokens=len(group.response_ids), num_bytes=1, dropped_mass_sum=0.25, score_s=0.0)
-        groups.append(GroupHandle(task="exact", summary=ray.put(summary), group=ray.put(group)))
+        groups.append(GroupHandle(request=make_request(), summary=ray.put(summary), group=ray.put(group)))
         scores.append(
             ScoreHandle(teacher="teacher", summary=ray.put(scored), score=ray.put(_score(teacher, group, kind)))
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from fakes import make_request
 from helpers import compose_config, make_group, read_lines, run_train
 
 import workers
@@ -122,7 +123,9 @@ def _handle(group: TrajectoryGroup) -> GroupHandle:
         text="",
         generate_s=0.0,
     )
-    return GroupHandle(task=group.task, summary=ray.put(summary), group=ray.put(group))
+    return GroupHandle(
+        request=make_request(group.prompt_index, task=group.task), summary=ray.put(summary), group=ray.put(group)
+    )
 
 
 class _Learner:

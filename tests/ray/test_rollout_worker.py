@@ -31,7 +31,7 @@ def _worker(folder: str, *, correct_top_p: bool = False, **options: Any) -> Roll
 def _request(*, version: int, seed: int = 0, **sampling: Any) -> GenerateRequest:
     defaults = {"num_samples": 4, "temperature": 1.0, "top_p": 1.0, "support_size": 0, "support_top_p": 1.0}
     options = SamplingOptions(max_response_tokens=12, **(defaults | sampling))
-    return GenerateRequest(prompt=_PROMPT, sampling=options, version=version, seed=seed)
+    return GenerateRequest(prompt=_PROMPT, sampling=options, version=version, seed=seed, step=0, position=0)
 
 
 async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int) -> None:

@@ -1,32 +1,48 @@
 """Stand-ins for the fleets and for what the loop reports to: each writes what it was asked to one list of events."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from opd_ray.controller import Fleets
+from opd_ray.dispatch import Dispatcher
 from opd_ray.protocol import (
     Batch,
     GenerateRequest,
     GroupHandle,
     GroupSummary,
+    Lasting,
     Metrics,
+    Payload,
     Prompt,
+    SamplingOptions,
     ScoreHandle,
     ScoreRequest,
     ScoreSummary,
     WeightBundle,
 )
-from opd_ray.services import BadGroup, Lasting
+from opd_ray.schedule import Schedule
+from opd_ray.services import BadGroup
+from opd_ray.window import GroupWindow
 
 Event = tuple[object, ...]
+SAMPLING = SamplingOptions(
+    num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0, support_size=4, support_top_p=0.9
+)
+OF_SORT = replace(SAMPLING, num_samples=3, max_response_tokens=5)
+SCORE_REQUEST = ScoreRequest(payload=Payload.support, support="union", top_k=4, top_p=0.9)
 PROMPTS_PER_STEP = 3  # prompt i of step s has the index s * PROMPTS_PER_STEP + i
 
 
 def make_prompt(index: int = 0, *, task: str = "exact", answer: str | None = None) -> Prompt:
     return Prompt(ids_P=np.array([1, 2], dtype=np.int32), index=index, task=task, verifier=task, answer=answer)
+
+
+def make_request(index: int = 0, *, task: str = "exact", version: int = 0, seed: int = 7) -> GenerateRequest:
+    prompt = make_prompt(index, task=task)
+    return GenerateRequest(prompt=prompt, sampling=SAMPLING, version=version, seed=seed, step=0, position=index)
 
 
 def make_summary(
@@ -56,12 +72,17 @@ class FakeRollout:
     events: list[Event]
     requests: list[GenerateRequest] = field(default_factory=list)
     rewards: Sequence[float] = ()
+    slow: Callable[[int], bool] = lambda _index: False  # which groups finish last, by their prompt's index
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
         (version,) = {r.version for r in requests}
         self.events.append(("generate", requests[0].prompt.index // PROMPTS_PER_STEP, version))
         self.requests += requests
-        return [GroupHandle(task=r.prompt.task, summary=r, group=("group", r.prompt.index, r.seed)) for r in requests]
+        return [GroupHandle(request=r, summary=r, group=("group", r.prompt.index, r.seed)) for r in requests]
+
+    def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:
+        by_time = sorted(range(len(groups)), key=lambda i: (self.slow(groups[i].request.prompt.index), i))
+        return sorted(by_time[:num_groups])
 
     def load(self, weights: WeightBundle) -> Metrics:
         self.events.append(("load", weights.version))
@@ -74,7 +95,7 @@ class FakeRollout:
                 3,
                 rewards=self.rewards,
                 text=str(g.summary.prompt.index),
-                task=g.task,
+                task=g.request.prompt.task,
                 prompt_index=g.summary.prompt.index,
             )
             for g in groups
@@ -191,7 +212,7 @@ class FakeCheckpoints:
     events: list[Event]
 
     def save(self, step: int, *parts: Lasting) -> None:
-        assert [type(part) for part in parts] == [FakeLearner, FakeTeacher]
+        assert [type(part) for part in parts] == [FakeLearner, FakeTeacher, GroupWindow]
         self.events.append(("checkpoint", step))
 
 
@@ -208,6 +229,29 @@ class FakeTracker:
 
     def holds(self, step: int) -> bool:
         return step in self.metrics or step in self.held
+
+
+def fake_dispatcher(
+    fleets: Fleets, *, prompts: FakePrompts | None = None, asked: ScoreRequest = SCORE_REQUEST, seed: int = 5
+) -> Dispatcher:
+    return Dispatcher(
+        rollout=fleets.rollout,
+        teacher=fleets.teacher,
+        prompts=prompts or FakePrompts(),
+        sampling={"exact": SAMPLING, "sort": OF_SORT},
+        asked=asked,
+        seed=seed,
+    )
+
+
+def fake_window(fleets: Fleets, *, num_steps: int, max_staleness: int = 0, overprovision: float = 0.0) -> GroupWindow:
+    schedule = Schedule(num_steps=num_steps, max_staleness=max_staleness, eval_every=0, save_every=0)
+    return GroupWindow(
+        dispatcher=fake_dispatcher(fleets),
+        schedule=schedule,
+        num_prompts=PROMPTS_PER_STEP,
+        overprovision=overprovision,
+    )
 
 
 def fake_fleets(events: list[Event], *, rewards: Sequence[float] = ()) -> Fleets:

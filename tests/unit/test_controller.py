@@ -1,27 +1,26 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 from fakes import (
+    OF_SORT,
     PROMPTS_PER_STEP,
+    SAMPLING,
+    SCORE_REQUEST,
     Event,
     FakeCheckpoints,
     FakeEvaluator,
     FakePrompts,
     FakeScreen,
     FakeTracker,
+    fake_dispatcher,
     fake_fleets,
 )
 
 from opd_ray.controller import Loop
-from opd_ray.protocol import Batch, GenerateRequest, Payload, SamplingOptions, ScoreRequest
+from opd_ray.protocol import Batch, GenerateRequest
 from opd_ray.schedule import Schedule
-
-SAMPLING = SamplingOptions(
-    num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0, support_size=4, support_top_p=0.9
-)
-OF_SORT = replace(SAMPLING, num_samples=3, max_response_tokens=5)
-ASKED = ScoreRequest(payload=Payload.support, support="union", top_k=4, top_p=0.9)
+from opd_ray.window import GroupWindow
 
 
 @dataclass
@@ -49,15 +48,15 @@ def run_loop(  # noqa: PLR0913 - each test changes one thing
     held = set(range(first_step + 1)) - set(unrecorded)
     fleets, tracker = fake_fleets(events), FakeTracker(events, held=held)
     eval_every, save_every = every
+    schedule = Schedule(num_steps=num_steps, max_staleness=max_staleness, eval_every=eval_every, save_every=save_every)
     Loop(
-        schedule=Schedule(
-            num_steps=num_steps, max_staleness=max_staleness, eval_every=eval_every, save_every=save_every
-        ),
-        sampling={"exact": SAMPLING, "sort": OF_SORT},
-        asked=ASKED,
-        seed=seed,
+        schedule=schedule,
         fleets=fleets,
-        prompts=prompts or FakePrompts(),
+        window=GroupWindow(
+            dispatcher=fake_dispatcher(fleets, prompts=prompts, seed=seed),
+            schedule=schedule,
+            num_prompts=PROMPTS_PER_STEP,
+        ),
         screen=FakeScreen(events),
         evaluator=FakeEvaluator(events),
         checkpoints=FakeCheckpoints(events),
@@ -152,7 +151,7 @@ def test_every_batch_is_scored_right_at_its_dispatch_with_the_objectives_request
     events = run_loop(max_staleness=max_staleness).events
     for place, event in enumerate(events):
         if event[0] == "generate":
-            assert events[place + 1] == ("score", event[1], ASKED)
+            assert events[place + 1] == ("score", event[1], SCORE_REQUEST)
     assert sum(event[0] == "score" for event in events) == 4
 
 
@@ -189,7 +188,12 @@ def test_every_step_is_logged_once_with_what_was_learned_loaded_and_evaluated():
     assert run.of("log") == [("log", 0), ("log", 1), ("log", 2), ("log", 3)]
     loaded = {"time/load_s": 0.25, "time/teacher_load_s": 0.5}
     assert run.tracker.metrics[0] == {"eval/accuracy": 0.0}
-    assert run.tracker.metrics[1] == {"teacher/bad_groups": 0.0, "train/loss": 0.0, **loaded}
+    assert run.tracker.metrics[1] == {
+        "perf/groups_in_flight": 0.0,
+        "teacher/bad_groups": 0.0,
+        "train/loss": 0.0,
+        **loaded,
+    }
     assert run.tracker.metrics[2] == run.tracker.metrics[1] | {"train/loss": 1.0, "eval/accuracy": 2.0}
 
 
@@ -257,4 +261,4 @@ def test_every_request_carries_the_runs_sampling_options():
 def test_every_prompt_is_sampled_as_its_task_says():
     run = run_loop(num_steps=2, prompts=FakePrompts(tasks=("exact", "sort")))
     assert [r.sampling for r in run.requests] == [SAMPLING, OF_SORT] * 3
-    assert [g.task for batch in run.batches for g in batch.groups] == ["exact", "sort"] * 3
+    assert [g.request.prompt.task for batch in run.batches for g in batch.groups] == ["exact", "sort"] * 3

@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import numpy as np
 import pytest
-from fakes import make_prompt, make_summary
+from fakes import make_prompt, make_request, make_summary
 
 import opd_ray.protocol as protocol
 from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, PolicyOptions
@@ -48,13 +48,13 @@ SUPPORT = SupportScore(
     sampled_logprobs_N=np.linspace(-2, 0, 3, dtype=np.float32),
 )
 HANDLES = {
-    "groups": [GroupHandle(task="sort", summary="summary", group="group")],
+    "groups": [GroupHandle(request=make_request(), summary="summary", group="group")],
     "scores": [ScoreHandle(teacher="teacher", summary="summary", score="score")],
 }
 MESSAGES = [
     SAMPLING,
     make_prompt(4, answer="12"),
-    GenerateRequest(prompt=make_prompt(), sampling=SAMPLING, version=3, seed=9),
+    GenerateRequest(prompt=make_prompt(), sampling=SAMPLING, version=3, seed=9, step=0, position=0),
     GROUP,
     make_summary(2, 3, rewards=[1.0, 0.0]),
     ScoreRequest(payload=Payload.support, support="union", top_k=4, top_p=0.9, include_sampled=True, normalised=False),
@@ -80,6 +80,10 @@ def assert_same(given: object, expected: object) -> None:
     elif is_dataclass(expected):
         for field in fields(expected):
             assert_same(getattr(given, field.name), getattr(expected, field.name))
+    elif isinstance(expected, list):
+        assert len(given) == len(expected)
+        for one, other in zip(given, expected, strict=True):
+            assert_same(one, other)
     else:
         assert given == expected
 

@@ -1,4 +1,3 @@
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,20 +8,6 @@ INT64 = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 
 def schedule(*, num_steps: int = 10, max_staleness: int = 0, eval_every: int = 0, save_every: int = 0) -> Schedule:
     return Schedule(num_steps=num_steps, max_staleness=max_staleness, eval_every=eval_every, save_every=save_every)
-
-
-@pytest.mark.parametrize("max_staleness", [0, 1, 3])
-def test_a_batch_may_start_while_at_most_max_staleness_others_are_in_flight(max_staleness: int):
-    calendar = schedule(max_staleness=max_staleness)
-    allowed = [calendar.may_dispatch(step=0, num_in_flight=n) for n in range(6)]
-    assert allowed == [n <= max_staleness for n in range(6)]
-
-
-def test_no_batch_starts_whose_update_would_lie_beyond_the_last():
-    calendar = schedule(num_steps=5, max_staleness=9)
-    assert calendar.may_dispatch(step=3, num_in_flight=1)
-    assert not calendar.may_dispatch(step=3, num_in_flight=2)
-    assert not calendar.may_dispatch(step=5, num_in_flight=0)
 
 
 def test_without_a_period_only_the_first_and_the_last_step_are_evaluated():

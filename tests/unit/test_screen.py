@@ -1,19 +1,13 @@
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
-from fakes import PROMPTS_PER_STEP, FakePrompts, FakeQuarantine, fake_fleets
+from fakes import OF_SORT, PROMPTS_PER_STEP, SAMPLING, FakePrompts, FakeQuarantine, fake_dispatcher, fake_fleets
 
 from opd_ray.controller import Fleets
-from opd_ray.protocol import Batch, CannotGoOn, GenerateRequest, Payload, SamplingOptions, ScoreRequest
-from opd_ray.schedule import request_seed
+from opd_ray.dispatch import Place
+from opd_ray.protocol import Batch, CannotGoOn
 from opd_ray.screen import TeacherScreen
 
-SAMPLING = SamplingOptions(
-    num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
-)
-OF_SORT = replace(SAMPLING, num_samples=3)
-ASKED = ScoreRequest(payload=Payload.sampled)
 STEP = 4
 FIRST = STEP * PROMPTS_PER_STEP  # index of the batch's first prompt; replacements have 1000 * attempt more
 Fault = Callable[[int, int], str]
@@ -27,11 +21,7 @@ def screen_of(fault: Fault, *, fraction: float = 1.0, seed: int = 5) -> tuple[Te
     fleets, quarantine = fake_fleets([]), FakeQuarantine()
     fleets.teacher.fault = fault
     screen = TeacherScreen(
-        fleets=fleets,
-        prompts=FakePrompts(tasks=("exact", "sort")),
-        sampling={"exact": SAMPLING, "sort": OF_SORT},
-        asked=ASKED,
-        seed=seed,
+        dispatcher=fake_dispatcher(fleets, prompts=FakePrompts(tasks=("exact", "sort")), seed=seed),
         max_bad_fraction=fraction,
         quarantine=quarantine,
     )
@@ -40,17 +30,9 @@ def screen_of(fault: Fault, *, fraction: float = 1.0, seed: int = 5) -> tuple[Te
 
 def dispatch(screen: TeacherScreen) -> Batch:
     """Start a batch as the loop does."""
-    requests = [
-        GenerateRequest(
-            prompt=prompt,
-            sampling=screen.sampling[prompt.task],
-            version=STEP - 1,
-            seed=request_seed(screen.seed, step=STEP, prompt_index=prompt.index, position=position),
-        )
-        for position, prompt in enumerate(screen.prompts.batch(STEP))
-    ]
-    groups = screen.fleets.rollout.generate(requests)
-    return Batch(step=STEP, groups=groups, scores=screen.fleets.teacher.score(groups, ASKED))
+    places = [Place(STEP, position) for position in range(PROMPTS_PER_STEP)]
+    flights = screen.dispatcher.start(places, version=STEP - 1)
+    return Batch(step=STEP, groups=[f.group for f in flights], scores=[f.score for f in flights])
 
 
 def indices(batch: Batch) -> list[int]:

@@ -36,7 +36,9 @@ class LearnerWorker:
         config: LearnerConfig,
         objective: ObjectiveSetup,
         num_steps: int,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self._student_path = student_path
         self._teacher_paths = teacher_paths
         self._config = config
@@ -64,6 +66,9 @@ class LearnerWorker:
         from workers.learner.student import build_engine, load_student
 
         on_gpu = self._config.gpus_per_rank > 0
+        if self._deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which torch asks for
+            torch.use_deterministic_algorithms(True)
         if not on_gpu:
             # Its shared-memory all-reduce would be compiled on first use (40 s, needs a compiler); gloo serves as well.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -10,13 +11,14 @@ from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.protocol import GenerateRequest, GroupHandle, GroupSummary, Metrics, WeightBundle
 from workers.fleet import Berth, kill, spawn
+from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
 
 
 class RayRolloutFleet:
     """`RolloutFleet` on Ray actors."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a pool of engines depends on
         self,
         *,
         model_path: str,
@@ -24,6 +26,7 @@ class RayRolloutFleet:
         objective: ObjectiveConfig,
         max_model_tokens: int,
         berth: Berth,
+        deterministic: bool = False,
         worker_class: type = RolloutWorker,
     ) -> None:
         arguments = {
@@ -33,20 +36,41 @@ class RayRolloutFleet:
             "logprob_args": logprob_args(config, objective),
         }
         self._workers = spawn(worker_class, berth=berth, arguments=arguments, concurrent=True)
-        self._num_dealt = 0
+        self._deterministic = deterministic
+        self._unfinished: list[list[Any]] = [[] for _ in self._workers]  # summaries of each worker's groups
+        self._num_turns = [0] * len(self._workers)
 
     def wait_ready(self) -> None:
         """Block until every engine is built."""
         ray.get([worker.ready.remote() for worker in self._workers])
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
-        """Dispatch requests to the workers in turn; return at once."""
-        return [self._generate(request) for request in requests]
+        """Dispatch requests; return at once. Each goes to the worker with the fewest unfinished sequences.
+
+        Deterministic: to the workers in turn, one round for each.
+        """
+        if self._deterministic:
+            return self._generate_in_turn(requests)
+        self._unfinished = [_unfinished(refs) for refs in self._unfinished]
+        loads = [len(refs) for refs in self._unfinished]
+        handles = []
+        for request in requests:
+            index = loads.index(min(loads))
+            loads[index] += 1
+            handles.append(self._generate(index, request, None))
+            self._unfinished[index].append(handles[-1].summary)
+        return handles
 
     def load(self, weights: WeightBundle) -> Metrics:
         """Give every worker a new version; blocks until all hold it."""
         start = time.perf_counter()
-        seconds = ray.get([worker.load.remote(weights.manifest, weights.buffer) for worker in self._workers])
+        turns = [self._next_turn(index) if self._deterministic else None for index in range(len(self._workers))]
+        seconds = ray.get(
+            [
+                worker.load.remote(weights.manifest, weights.buffer, turn)
+                for worker, turn in zip(self._workers, turns, strict=True)
+            ]
+        )
         return {"time/publish_s": time.perf_counter() - start, "time/load_s": max(seconds)}
 
     def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
@@ -54,12 +78,40 @@ class RayRolloutFleet:
         summaries: list[GroupSummary] = ray.get([group.summary for group in groups])
         return summaries
 
+    def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:
+        """Wait until as many groups are finished and return their positions, ascending."""
+        if num_groups <= 0:
+            return []
+        refs = [group.summary for group in groups]
+        finished, _ = ray.wait(refs, num_returns=num_groups, fetch_local=False)
+        return sorted(map(refs.index, finished))
+
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)
 
-    def _generate(self, request: GenerateRequest) -> GroupHandle:
-        worker: Any = self._workers[self._num_dealt % len(self._workers)]
-        self._num_dealt += 1
-        summary, group = worker.generate.options(num_returns=2).remote(request)
-        return GroupHandle(task=request.prompt.task, summary=summary, group=group)
+    def _generate_in_turn(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
+        num_workers = len(self._workers)
+        rounds = [
+            self._next_turn(i, size=len(requests[i::num_workers])) for i in range(min(num_workers, len(requests)))
+        ]
+        return [
+            self._generate(i % num_workers, request, replace(rounds[i % num_workers], index=i // num_workers))
+            for i, request in enumerate(requests)
+        ]
+
+    def _generate(self, index: int, request: GenerateRequest, turn: Turn | None) -> GroupHandle:
+        worker: Any = self._workers[index]
+        summary, group = worker.generate.options(num_returns=2).remote(request, turn)
+        return GroupHandle(request=request, summary=summary, group=group)
+
+    def _next_turn(self, index: int, *, size: int = 1) -> Turn:
+        self._num_turns[index] += 1
+        return Turn(number=self._num_turns[index] - 1, size=size)
+
+
+def _unfinished(refs: list[Any]) -> list[Any]:
+    if not refs:
+        return []
+    _, unfinished = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+    return list(unfinished)

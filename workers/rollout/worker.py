@@ -5,7 +5,7 @@ vLLM is imported when a worker is built: the driver needs the class only.
 
 import asyncio
 import time
-from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from opd_ray.protocol import (
 )
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
+from workers.rollout.turns import Turn, Turns
 from workers.weights import WeightManifest
 
 _MAX_TEXT_CHARACTERS = 4000
@@ -61,7 +62,9 @@ class RolloutWorker:
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._engine.set_weight_version("-1")
         self._tokenizer = self._engine.get_tokenizer()
-        self._loop = EngineLoop(self._engine)
+        self._loop = EngineLoop(self._engine, max_running=self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self._turns = Turns(self._loop)
+        self._update_in_flight = config.update_in_flight
         self._version = -1
         self._version_changed = asyncio.Condition()
 
@@ -69,30 +72,46 @@ class RolloutWorker:
         """Answer once the engine is built."""
         return True
 
-    async def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
-        """Take a published version between two engine steps; running sequences go on. Return the seconds it took."""
+    async def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8], turn: Turn | None = None) -> float:
+        """Take a published version between two engine steps; return the seconds it took.
+
+        Running sequences go on under it, or with rollout.update_in_flight=false are let finish first.
+        """
         start = time.perf_counter()
-        await asyncio.wrap_future(self._loop.call(lambda: self._apply(manifest, buffer)))
-        async with self._version_changed:
-            self._version = manifest.version
-            self._version_changed.notify_all()
+        async with nullcontext() if turn is None else self._turns.alone(turn.number):
+            await asyncio.wrap_future(
+                self._loop.call(lambda: self._apply(manifest, buffer), drained=not self._update_in_flight)
+            )
+            async with self._version_changed:
+                self._version = manifest.version
+                self._version_changed.notify_all()
         return time.perf_counter() - start
 
-    async def generate(self, request: GenerateRequest) -> tuple[GroupSummary, TrajectoryGroup]:
-        """Sample the group's responses; resolves when the last one is finished."""
+    async def generate(
+        self, request: GenerateRequest, turn: Turn | None = None
+    ) -> tuple[GroupSummary, TrajectoryGroup]:
+        """Sample the group's responses; resolves when the last one is finished.
+
+        turn: the group's place in the canonical order; None: at once, beside whatever runs.
+        """
         start = time.perf_counter()
-        async with self._version_changed:
-            await self._version_changed.wait_for(lambda: self._version >= request.version)
-        completions = await asyncio.gather(*map(asyncio.wrap_future, self._submit(request)))
+        sequences = self._sequences(request)
+        if turn is None:
+            async with self._version_changed:
+                await self._version_changed.wait_for(lambda: self._version >= request.version)
+            futures = self._loop.submit_together(sequences)
+        else:  # the load of its version has an earlier turn
+            futures = await self._turns.submit(turn, sequences)
+        completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         samples = [output.outputs[0] for output in completions]
         texts = [self._tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in samples]
         group = build_group(request, samples, rewards=_rewards(request.prompt, texts))
         return self._summarise(request, group, text=texts[0], seconds=time.perf_counter() - start), group
 
-    def _submit(self, request: GenerateRequest) -> "list[Future[Any]]":
+    def _sequences(self, request: GenerateRequest) -> list[tuple[Int32, Any]]:
         return [
-            self._loop.submit(request.prompt.ids_P, sampling_params(request.sampling, seed=seed))
-            for seed in (derive_seed(request.seed, sample) for sample in range(request.sampling.num_samples))
+            (request.prompt.ids_P, sampling_params(request.sampling, seed=derive_seed(request.seed, sample)))
+            for sample in range(request.sampling.num_samples)
         ]
 
     def _apply(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:

@@ -51,6 +51,10 @@ class ReplayRollout:
         """Wait for groups and return their summaries, in order."""
         return self._live.summaries(groups)
 
+    def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:
+        """Wait until as many groups are read and return their positions, ascending."""
+        return self._live.first(groups, num_groups=num_groups)
+
     def _read(self, request: GenerateRequest) -> GroupHandle:
         summary, group = self._reader.read.options(num_returns=2).remote(request.prompt.index)
-        return GroupHandle(task=request.prompt.task, summary=summary, group=group)
+        return GroupHandle(request=request, summary=summary, group=group)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,7 @@ class TeacherActor:
         vocab_size: int,
         temperature: float,
         equivalent_ids: Sequence[Sequence[int]],
+        deterministic: bool = False,
     ) -> None:
         aligned = config.alignment is AlignmentKind.bytes
         common: dict[str, Any] = {
@@ -50,6 +52,8 @@ class TeacherActor:
             "equivalent_ids": equivalent_ids,
         }
         self._vocab_size = vocab_size
+        # The last bits of a score depend on what shares the engine's steps: then nothing but the group itself.
+        self._alone: AbstractAsyncContextManager[Any] = asyncio.Lock() if deterministic else nullcontext()
         # A recording's scores are found by the groups as they were sampled, with the student's prompts.
         self._is_recorded = config.kind is TeacherKind.cache
         self._scorer: Scorer
@@ -82,7 +86,8 @@ class TeacherActor:
         """
         if not self._is_recorded:
             group = _as_teacher_reads(group)
-        return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
+        async with self._alone:
+            return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
 
     async def follow(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
         """Take a published version of the student into the average; return the seconds it took."""

@@ -23,7 +23,10 @@ class RoutedTeachers:
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring, in the order of the groups; return at once."""
-        return [self._fleets[self._teachers.name_of(group.task)].score([group], request)[0] for group in groups]
+        return [
+            self._fleets[self._teachers.name_of(group.request.prompt.task)].score([group], request)[0]
+            for group in groups
+        ]
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         """Wait for scores and return their summaries, in order."""

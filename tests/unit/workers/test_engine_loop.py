@@ -60,10 +60,10 @@ def answer(future: "Future[Any]") -> Any:
 
 
 @contextmanager
-def loop_on(engine: FakeEngine, *, is_open: bool = True) -> Iterator[EngineLoop]:
+def loop_on(engine: FakeEngine, *, is_open: bool = True, max_running: int = 99) -> Iterator[EngineLoop]:
     if is_open:
         engine.gate.set()
-    loop = EngineLoop(engine)
+    loop = EngineLoop(engine, max_running=max_running)
     yield loop
     engine.gate.set()
     loop.stop()
@@ -104,6 +104,58 @@ def test_a_request_joins_those_that_run_already():
         answer(first)
         answer(second)
     assert ("step", 2) in engine.events
+
+
+def test_sequences_submitted_together_start_together():
+    engine = FakeEngine()
+    with loop_on(engine) as loop:
+        for future in loop.submit_together([(ids(n), 2) for n in range(50)]):
+            answer(future)
+    assert [event for event in engine.events if event[0] == "step"] == [("step", 50)] * 2
+
+
+def test_no_more_than_the_limit_run_and_the_others_follow_in_order():
+    engine = FakeEngine()
+    with loop_on(engine, max_running=2) as loop:
+        for future in loop.submit_together([(ids(n), n + 1) for n in range(4)]):
+            answer(future)
+    assert max(event[1] for event in engine.events if event[0] == "step") == 2
+    assert [event[1] for event in engine.events if event[0] == "add"] == [[0], [1], [2], [3]]
+
+
+def test_a_drained_call_waits_for_what_runs_and_starts_nothing_meanwhile():
+    engine = FakeEngine()
+    with loop_on(engine, is_open=False, max_running=2) as loop:
+        running = loop.submit_together([(ids(1), 3), (ids(2), 1)])
+        assert engine.in_step.wait(TIMEOUT_S)
+        call = loop.call(lambda: engine.events.append(("call", None)), drained=True)
+        later = loop.submit(ids(3), 1)
+        engine.gate.set()
+        for future in (*running, call, later):
+            answer(future)
+    first = [("add", [1]), ("add", [2]), ("step", 2), ("step", 1), ("step", 1)]
+    assert engine.events == [*first, ("call", None), ("add", [3]), ("step", 1)]
+
+
+def test_a_drained_call_runs_at_once_where_nothing_runs_and_before_what_comes_later():
+    engine = FakeEngine()
+    with loop_on(engine) as loop:
+        answer(loop.call(lambda: engine.events.append(("call", None)), drained=True))
+        answer(loop.submit(ids(1), 1))
+    assert [event[0] for event in engine.events] == ["call", "add", "step"]
+
+
+def test_what_waits_for_a_drain_fails_with_the_engine():
+    engine = FakeEngine()
+    with loop_on(engine, is_open=False) as loop:
+        running = loop.submit(ids(1), 5)
+        assert engine.in_step.wait(TIMEOUT_S)
+        held = [loop.call(lambda: None, drained=True), loop.submit(ids(2), 1)]
+        engine.fault = RuntimeError("out of memory")
+        engine.gate.set()
+        for future in (running, *held):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                answer(future)
 
 
 def test_calls_run_between_two_steps_on_the_loops_own_thread_in_order():

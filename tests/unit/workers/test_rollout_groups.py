@@ -13,7 +13,7 @@ from workers.rollout.worker import _rewards, build_group, logprob_args, within_m
 SAMPLING = SamplingOptions(
     num_samples=2, max_response_tokens=3, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
 )
-REQUEST = GenerateRequest(prompt=make_prompt(7, task="sort"), sampling=SAMPLING, version=4, seed=11)
+REQUEST = GenerateRequest(prompt=make_prompt(7, task="sort"), sampling=SAMPLING, version=4, seed=11, step=0, position=0)
 NO_REWARDS = np.empty(0, dtype=np.float32)
 
 Candidates = list[tuple[int, float]]  # id and log-prob: the sampled token, then the likeliest in order

@@ -1,5 +1,7 @@
 from dataclasses import dataclass, field
 
+from fakes import make_request
+
 from opd_ray.config.schema import TeacherConfig
 from opd_ray.protocol import GroupHandle, Metrics, Payload, ScoreHandle, ScoreRequest, WeightBundle
 from opd_ray.routing import Teachers
@@ -41,7 +43,10 @@ def route(*tasks: str, of_task: dict[str, str]) -> tuple[list[ScoreHandle], dict
     """Return the scores of one group of each task, which is known by its position, and the teachers."""
     fleets = {name: NamedTeacher(name) for name in sorted(set(of_task.values())) or ["teacher"]}
     teachers = Teachers(by_name={name: TeacherConfig(path=name) for name in fleets}, of_task=of_task)
-    groups = [GroupHandle(task=task, summary=None, group=position) for position, task in enumerate(tasks)]
+    groups = [
+        GroupHandle(request=make_request(task=task), summary=None, group=position)
+        for position, task in enumerate(tasks)
+    ]
     return RoutedTeachers(fleets, teachers).score(groups, ASKED), fleets
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from opd_ray.routing import max_response_tokens, teachers_of
 from workers.fleet import Berth, kill, spawn
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
+from workers.learner.worker import LearnerWorker
 from workers.placement import (
     Pool,
     capacity,
@@ -30,11 +31,14 @@ from workers.placement import (
 )
 from workers.reference import ReferenceModel
 from workers.rollout.fleet import RayRolloutFleet
+from workers.rollout.worker import RolloutWorker
 from workers.scores import check_replay, head_keys, training_fleets
+from workers.teacher.actor import TeacherActor
 from workers.teacher.fleet import RayTeacherFleet, check_teachers
 from workers.teacher.routed import RoutedTeachers
 
 __all__ = [
+    "WorkerClasses",
     "capacity",
     "check_replay",
     "check_teachers",
@@ -66,9 +70,24 @@ def connected(config: Config) -> Iterator[str | None]:
         ray.shutdown()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerClasses:
+    """What the pools are made of; tests put slower ones in their place."""
+
+    rollout: type = RolloutWorker
+    teacher: type = TeacherActor
+    learner: type = LearnerWorker
+
+
 @contextmanager
 def open_fleets(
-    config: Config, *, vocab_size: int, ids: ObjectiveIds, prompt_tokens: Mapping[str, int], log_dir: Path
+    config: Config,
+    *,
+    vocab_size: int,
+    ids: ObjectiveIds,
+    prompt_tokens: Mapping[str, int],
+    log_dir: Path,
+    classes: WorkerClasses = WorkerClasses(),
 ) -> Iterator[Fleets]:
     """Start all workers, wait until they are ready, and end them on leaving.
 
@@ -84,6 +103,7 @@ def open_fleets(
         berth=berths["rollout"],
         objective=config.objective,
         deterministic=config.deterministic,
+        worker_class=classes.rollout,
     )
     teacher_arguments = {
         "request": score_request(config.objective),
@@ -99,6 +119,7 @@ def open_fleets(
             config=t,
             berth=berths[teacher_role(name)],
             arguments={**teacher_arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
+            worker_class=classes.teacher,
         )
         for name, t in teachers.by_name.items()
     }
@@ -111,6 +132,7 @@ def open_fleets(
             vocab_size=vocab_size,
             ids=ids,
         ),
+        worker_class=classes.learner,
     )
     fleets: list[RayRolloutFleet | RayTeacherFleet | RayLearner] = [rollout, *teacher_fleets.values(), learner]
     try:

@@ -1,6 +1,7 @@
 """The rollout worker on a real vLLM engine, as a plain object without Ray."""
 
 import asyncio
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from helpers import make_prompt, reference_logprobs, reference_model, sampled
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Dtype, RolloutConfig
 from opd_ray.protocol import GenerateRequest, GroupSummary, SamplingOptions, TrajectoryGroup
+from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.weights import plan_manifest, write_tensor
 
@@ -34,14 +36,14 @@ def _request(*, version: int, seed: int = 0, **sampling: Any) -> GenerateRequest
     return GenerateRequest(prompt=_PROMPT, sampling=options, version=version, seed=seed, step=0, position=0)
 
 
-async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int) -> None:
+async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int, turn: Turn | None = None) -> None:
     named = list(model.named_parameters())
     manifest = plan_manifest(((name, p.dtype, tuple(p.shape)) for name, p in named), version=version)
     buffer = np.empty(manifest.num_bytes, dtype=np.uint8)
     for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
         write_tensor(buffer, entry, parameter)
     buffer.flags.writeable = False  # as Ray hands it out
-    await worker.load(manifest, buffer)
+    await worker.load(manifest, buffer, turn)
 
 
 async def _generate(worker: RolloutWorker, *requests: GenerateRequest) -> list[tuple[GroupSummary, TrajectoryGroup]]:
@@ -88,6 +90,63 @@ def test_a_request_waits_for_the_version_it_asks_for(model_folder: Any) -> None:
         await _load(worker, model, version=1)
         _, group = await early
         assert (group.token_versions == 1).all()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("in_flight", [True, False], ids=["in flight", "drained"])
+def test_running_sequences_go_on_under_new_weights_or_are_let_finish_first(model_folder: Any, in_flight: bool) -> None:
+    folder = model_folder(seed=1)
+
+    async def scenario() -> None:
+        worker = _worker(folder, update_in_flight=in_flight)
+        model = reference_model(folder)
+        await _load(worker, model, version=0)
+        running = asyncio.create_task(worker.generate(_request(version=0, max_response_tokens=20)))
+        loads = []
+        while not running.done():  # publish again and again while it samples
+            loads.append(asyncio.create_task(_load(worker, model, version=len(loads) + 1)))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*loads)
+        summary, group = await running
+        assert summary.oldest_version == group.token_versions.min()
+        versions = [np.unique(group.token_versions[a:b]) for a, b in itertools.pairwise(group.offsets)]
+        assert len(loads) > 1
+        if in_flight:
+            assert max(map(len, versions)) > 1
+            assert all((np.diff(group.token_versions[a:b]) >= 0).all() for a, b in itertools.pairwise(group.offsets))
+        else:
+            assert [len(of_sequence) for of_sequence in versions] == [1] * len(versions)
+
+    asyncio.run(scenario())
+
+
+def test_in_turn_groups_have_the_same_bits_in_any_order_of_arrival(model_folder: Any) -> None:
+    folder = model_folder(seed=1)
+
+    async def scenario() -> None:
+        worker = _worker(folder)
+        buffers = []
+        requests = [_request(version=0, seed=seed, num_samples=2) for seed in range(12)]
+        for number, order in enumerate((range(12), reversed(range(12)), [5, 0, 11, *range(1, 5), *range(6, 11)])):
+            if number == 0:
+                await _load(worker, reference_model(folder), version=0, turn=Turn(number=0))
+            groups: dict[int, TrajectoryGroup] = {}
+
+            async def ask(index: int, number: int = number, groups: Any = groups) -> None:
+                turn = Turn(number=number + 1, index=index, size=len(requests))
+                _, groups[index] = await worker.generate(requests[index], turn)
+
+            tasks = []
+            for index in order:
+                tasks.append(asyncio.create_task(ask(index)))
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*tasks)
+            buffers.append([groups[i] for i in range(12)])
+        for later in buffers[1:]:
+            for group, first in zip(later, buffers[0], strict=True):
+                np.testing.assert_array_equal(group.response_ids, first.response_ids)
+                np.testing.assert_array_equal(group.sampled_logprobs, first.sampled_logprobs)
 
     asyncio.run(scenario())
 

@@ -127,7 +127,8 @@ def build_engine(student: Student, *, config: LearnerConfig, world_size: int, nu
     from transformers import get_scheduler
 
     def scheduler(optimizer: Any) -> Any:
-        return get_scheduler(_SCHEDULES[config.lr_schedule], optimizer, config.warmup_steps, num_steps)
+        num_updates = num_steps * config.updates_per_batch
+        return get_scheduler(_SCHEDULES[config.lr_schedule], optimizer, config.warmup_steps, num_updates)
 
     engine, *_ = deepspeed.initialize(
         model=student,

@@ -162,7 +162,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class BatchConfig:
-    """One optimizer update's worth of prompts."""
+    """One step's worth of prompts: what is sampled, scored and learned from between two publications."""
 
     num_prompts: int = 32
     mode: BatchMode = BatchMode.mixed  # with several tasks
@@ -227,7 +227,8 @@ class LearnerConfig:
     dtype: Dtype = Dtype.bfloat16
     lr: float = 1e-6
     lr_schedule: LrSchedule = LrSchedule.constant
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimizer steps, of num_steps * updates_per_batch
+    updates_per_batch: int = 1  # optimizer steps, each on its part of the batch's prompts
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -243,6 +244,7 @@ class LearnerConfig:
         _require(self.num_ranks >= 1, "learner.num_ranks", self.num_ranks, "an integer of at least 1")
         _require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(self.lr > 0, "learner.lr", self.lr, "a number above 0")
+        _require(self.updates_per_batch >= 1, "learner.updates_per_batch", self.updates_per_batch, "at least 1")
         _require(self.warmup_steps >= 0, "learner.warmup_steps", self.warmup_steps, "an integer of at least 0")
         limit = self.max_tokens_per_micro_batch
         _require(limit >= 1, "learner.max_tokens_per_micro_batch", limit, "an integer of at least 1")

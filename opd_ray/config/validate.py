@@ -172,6 +172,13 @@ def _sampled(config: Config) -> None:
         not objective.correct_top_p or config.rollout.top_p < 1,
         "objective.correct_top_p=true with rollout.top_p=1: there is no nucleus to correct for",
     )
+    num_updates = config.learner.updates_per_batch
+    for key, given, most in (("max_staleness", config.max_staleness, 0), ("learner.updates_per_batch", num_updates, 1)):
+        _require(
+            objective.ratio is not RatioKind.none or given <= most,
+            f"objective.ratio=none with objective=sampled and {key}={given}: by then the student is no longer the policy"
+            " that sampled, and the policy gradient must weigh the samples; expected truncated or ppo",
+        )
 
 
 def _support(config: Config) -> None:
@@ -216,13 +223,18 @@ def _cache(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    num_ranks = config.learner.num_ranks
+    num_ranks, num_updates = config.learner.num_ranks, config.learner.updates_per_batch
     for key, given in (("batch.num_prompts", config.batch.num_prompts), ("eval.num_prompts", config.eval.num_prompts)):
         _require(
             given % num_ranks == 0,
             f"{key}={given}: expected a multiple of learner.num_ranks={num_ranks}, so that every rank gets as many"
             " groups",
         )
+    _require(
+        config.batch.num_prompts % (num_ranks * num_updates) == 0,
+        f"batch.num_prompts={config.batch.num_prompts}: expected a multiple of learner.num_ranks={num_ranks} times"
+        f" learner.updates_per_batch={num_updates}, so that every rank gets as many groups of every update",
+    )
 
 
 def _micro_batch(config: Config) -> None:

@@ -11,7 +11,7 @@ from opd_ray.data.models import hidden_size
 from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
 from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
-from workers.learner.report import RankBatch, combine, estimate_name, teacher_metrics
+from workers.learner.report import RankBatch, combine_updates, estimate_name, teacher_metrics
 from workers.learner.worker import LearnerWorker
 
 
@@ -43,21 +43,26 @@ class RayLearner:
         return self._version
 
     def update(self, batch: Batch) -> Metrics:
-        """Wait for the batch's last score, then take one optimizer update on all ranks."""
+        """Wait for the batch's last score, then take `learner.updates_per_batch` optimizer steps on all ranks."""
         summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
         scored: list[ScoreSummary] = ray.get([s.summary for s in batch.scores])
         ready = time.perf_counter()
-        shares = self._split(batch, summaries)
-        reports = ray.get([rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
+        parts = [
+            self._split(batch, summaries, positions=positions, part=part)
+            for part, positions in enumerate(batch_parts(len(batch.groups), self._config.updates_per_batch))
+        ]
+        # A rank takes its calls in order, so that no part waits here for the one before it.
+        updates = [[rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares] for shares in parts]
         return {
-            **combine(reports, estimate=estimate_name(self._objective)),
+            **combine_updates([ray.get(of_part) for of_part in updates], estimate=estimate_name(self._objective)),
             **teacher_metrics(scored),
             "time/update_s": time.perf_counter() - ready,
         }
 
     def held_out_kl(self, batch: Batch) -> tuple[float, int]:
         """Exact KL(student || teacher), mean over the batch's tokens, in nats, and their number."""
-        shares = self._split(batch, ray.get([g.summary for g in batch.groups]))
+        summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
+        shares = self._split(batch, summaries, positions=range(len(batch.groups)), part=0)
         results = ray.get([rank.held_out_kl.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
         num_tokens = sum(count for _, count in results)
         return sum(total for total, _ in results) / num_tokens, num_tokens
@@ -92,21 +97,36 @@ class RayLearner:
             for index, rank in enumerate(self._ranks)
         ]
 
-    def _split(self, batch: Batch, summaries: Sequence[GroupSummary]) -> list[tuple[Any, RankBatch, list[Any]]]:
-        """Return each rank with its share: what to do, and the references to its groups and their scores."""
+    def _split(
+        self, batch: Batch, summaries: Sequence[GroupSummary], *, positions: Sequence[int], part: int
+    ) -> list[tuple[Any, RankBatch, list[Any]]]:
+        """Return each rank with its share of the groups at some positions of the batch, part number `part` of it.
+
+        The share is what to do, and the references to its groups and their scores.
+        """
+        groups, scores = [batch.groups[i] for i in positions], [batch.scores[i] for i in positions]
         shares = rank_batches(
-            summaries,
-            teachers=[score.teacher for score in batch.scores],
+            [summaries[i] for i in positions],
+            teachers=[score.teacher for score in scores],
             num_ranks=len(self._ranks),
             max_tokens=self._config.max_tokens_per_micro_batch,
             padded=not self._config.packing,
             hidden_size=self._hidden_size,
             version=batch.step,
+            part=part,
         )
         return [
-            (rank, rank_batch, [batch.groups[i].group for i in share] + [batch.scores[i].score for i in share])
+            (rank, rank_batch, [groups[i].group for i in share] + [scores[i].score for i in share])
             for rank, (share, rank_batch) in zip(self._ranks, shares, strict=True)
         ]
+
+
+def batch_parts(num_groups: int, num_parts: int) -> list[range]:
+    """Return which positions of a batch each of its updates learns from.
+
+    In turn: a mixed batch has its tasks one after the other, and every part is to have a share of each.
+    """
+    return [range(part, num_groups, num_parts) for part in range(num_parts)]
 
 
 def rank_batches(  # noqa: PLR0913 - what the cut depends on
@@ -118,6 +138,7 @@ def rank_batches(  # noqa: PLR0913 - what the cut depends on
     padded: bool,
     hidden_size: int,
     version: int,
+    part: int = 0,
 ) -> list[tuple[list[int], RankBatch]]:
     """Return for each rank the groups of its share, as positions, and what to do with them.
 
@@ -142,6 +163,7 @@ def rank_batches(  # noqa: PLR0913 - what the cut depends on
             share or [0],
             RankBatch(
                 version=version,
+                part=part,
                 teachers=tuple(teachers[i] for i in share or [0]),
                 micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
             ),

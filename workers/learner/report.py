@@ -19,7 +19,8 @@ _TINY = 1e-30
 class RankBatch:
     """What a rank must know of a batch before it reads any tokens."""
 
-    version: int  # of the student, before the update
+    version: int  # of the student, before the batch
+    part: int = 0  # which of the batch's updates this is
     teachers: tuple[str, ...]  # who scored each of this rank's groups
     micro_batches: tuple[tuple[int, ...], ...]  # this rank's sequences, flat over its groups, by micro-batch;
     # each of one teacher; all ranks have equally many: the lighter ones end with empty micro-batches
@@ -52,10 +53,11 @@ class RankReport:
     stat_sums: dict[str, float]  # of `Losses.stats` over tokens that count
     diagnostic_sums: dict[str, float]  # of `Losses.diagnostics` over `num_diagnosed` tokens
     num_diagnosed: int
-    fresh_gaps: GapSums  # over sequences of the current version
-    stale_gaps: GapSums  # over sequences with older tokens
+    fresh_gaps: GapSums  # over sequences of the current version, in the batch's first update
+    stale_gaps: GapSums  # over sequences with older tokens, and all of the updates after the first
     recorded_gaps: GapSums  # over sequences that an earlier run recorded: how far the student is from then
     age_sum: float  # versions between sampling and learning, summed over tokens that this run sampled
+    age_max: int  # of the same tokens; 0 without any
     num_recorded: int  # tokens that count and that an earlier run recorded
     grad_norm: float  # global, before clipping
     lr: float
@@ -67,6 +69,7 @@ class Totals:
     """Adds up a rank's micro-batches; tensors stay tensors until `report`."""
 
     version: int
+    part: int = 0
     loss: list[torch.Tensor] = field(default_factory=list)
     divergence: list[torch.Tensor] = field(default_factory=list)
     stats: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class Totals:
     num_sampled: int = 0
     num_diagnosed: int = 0
     age_sum: int = 0
+    age_max: int = 0
     num_recorded: int = 0
 
     def add(self, losses: Losses, sequences: Sequence[ScoredSequence]) -> None:
@@ -104,7 +108,9 @@ class Totals:
         versions = torch.from_numpy(np.concatenate([s.token_versions for s in sequences]))
         recorded = mask & (versions == RECORDED_VERSION)
         self.num_recorded += int(recorded.sum())
-        self.age_sum += int((self.version - versions)[mask & ~recorded].sum())
+        own_ages = (self.version - versions)[mask & ~recorded]
+        self.age_sum += int(own_ages.sum())
+        self.age_max = max(self.age_max, int(own_ages.max()) if len(own_ages) else 0)
         # A sequence that ran across an update keeps its old key-value entries: none of its tokens shows the new
         # weights alone, so the gap counts it by its oldest token.
         oldest = [np.full_like(s.token_versions, s.token_versions.min()) for s in sequences]
@@ -120,7 +126,9 @@ class Totals:
         """Read the sums off the device, once."""
         gaps, ages, signals = torch.cat(self.gaps), torch.cat(self.ages), torch.cat(self.signals)
         recorded = ages == self.version - RECORDED_VERSION
-        fresh, stale = ages <= 0, (ages > 0) & ~recorded
+        # From the second update of a batch on the student is the sampler's policy of no version.
+        fresh = (ages <= 0) & (self.part == 0)
+        stale = ~fresh & ~recorded
         return RankReport(
             loss_sum=float(torch.stack(self.loss).sum()),
             denominator=denominator,
@@ -134,6 +142,7 @@ class Totals:
             stale_gaps=_gap_sums(gaps[stale], signals[stale]),
             recorded_gaps=_gap_sums(gaps[recorded], signals[recorded]),
             age_sum=float(self.age_sum),
+            age_max=self.age_max,
             num_recorded=self.num_recorded,
             grad_norm=grad_norm,
             lr=lr,
@@ -173,9 +182,30 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
     return metrics | _age(reports, num_tokens=num_tokens)
 
 
+def combine_updates(updates: Sequence[Sequence[RankReport]], *, estimate: str) -> dict[str, float]:
+    """Return the metrics of a batch from the reports of all ranks on each of its updates, in order.
+
+    Means are over the tokens of all updates; the learning rate is the last one's.
+    """
+    norms = [reports[0].grad_norm for reports in updates]
+    return {
+        **combine([report for reports in updates for report in reports], estimate=estimate),
+        "train/num_updates": len(updates),
+        "train/grad_norm": sum(norms) / len(norms),
+        **({"train/grad_norm_max": max(norms)} if len(norms) > 1 else {}),
+        "train/lr": updates[-1][0].lr,
+        "time/learn_s": sum(max(r.learn_s for r in reports) for reports in updates),
+    }
+
+
 def _age(reports: Sequence[RankReport], *, num_tokens: int) -> dict[str, float]:
     num_own = num_tokens - sum(r.num_recorded for r in reports)
-    return {"train/token_age_mean": sum(r.age_sum for r in reports) / num_own} if num_own else {}
+    if num_own == 0:
+        return {}
+    return {
+        "train/token_age_mean": sum(r.age_sum for r in reports) / num_own,
+        "train/token_age_max": max(r.age_max for r in reports),
+    }
 
 
 def teacher_metrics(scored: Sequence[ScoreSummary]) -> dict[str, float]:

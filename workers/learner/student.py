@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opd_ray.config.schema import LearnerConfig, LrSchedule
 from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, Signal, Tokens, keep_high_entropy
 from workers.learner.attention import PACKED_ATTENTION, PackedLayout, register
+from workers.learner.partitioning import gathered_by_module, partitioned_loading
 
 _SCHEDULES = {
     LrSchedule.constant: "constant_with_warmup",
@@ -57,17 +58,34 @@ class Student(nn.Module):
 
 
 def load_student(path: str, *, config: LearnerConfig) -> Student:
-    """Load the model with float32 master weights, or in bfloat16 where DeepSpeed keeps the master copy."""
+    """Load the model with float32 master weights, or in bfloat16 where DeepSpeed keeps the master copy.
+
+    At ZeRO-3 a rank gets its part of every parameter; all ranks load at once.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, config.dtype.value), use_safetensors=True, trust_remote_code=False
-    )
+    with partitioned_loading(deepspeed_config(config, world_size=config.num_ranks)):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype.value), use_safetensors=True, trust_remote_code=False
+        )
     if config.packing:
-        use_packed_attention(model)
+        with gathered_by_module(model):
+            use_packed_attention(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
     return Student(model)
+
+
+def recompute_layers(model: Any) -> None:
+    """Have a causal LM keep the input of each layer alone for the backward pass: gradient checkpointing.
+
+    transformers recomputes in training mode only. Just the layers are put into it: a student has no dropout, its
+    log-probs are those of the policy that sampled.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 @torch.no_grad()
@@ -79,7 +97,8 @@ def use_packed_attention(model: Any) -> None:
     if not model._supports_attention_backend:
         raise ValueError(f"{_UNPACKABLE} ({type(model).__name__} has one of its own)")
     register()
-    sequences = [torch.tensor([[1, 2, 3]]), torch.tensor([[3, 1]]), torch.tensor([[2, 2, 1, 3, 1]])]
+    device = next(model.parameters()).device
+    sequences = [torch.tensor([ids], device=device) for ids in ([1, 2, 3], [3, 1], [2, 2, 1, 3, 1])]
     model.eval()
     alone = [model.base_model(input_ids=ids, use_cache=False).last_hidden_state for ids in sequences]
     model.set_attn_implementation(PACKED_ATTENTION)
@@ -87,8 +106,8 @@ def use_packed_attention(model: Any) -> None:
     try:
         packed = model.base_model(
             input_ids=torch.cat(sequences, dim=1),
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            packing=PackedLayout.of(lengths, device=torch.device("cpu")),
+            position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+            packing=PackedLayout.of(lengths, device=device),
             use_cache=False,
         ).last_hidden_state
         gap = float((packed - torch.cat(alone, dim=1)).abs().max() / packed.abs().max())
@@ -127,7 +146,8 @@ def build_engine(student: Student, *, config: LearnerConfig, world_size: int, nu
     from transformers import get_scheduler
 
     def scheduler(optimizer: Any) -> Any:
-        return get_scheduler(_SCHEDULES[config.lr_schedule], optimizer, config.warmup_steps, num_steps)
+        num_updates = num_steps * config.updates_per_batch
+        return get_scheduler(_SCHEDULES[config.lr_schedule], optimizer, config.warmup_steps, num_updates)
 
     engine, *_ = deepspeed.initialize(
         model=student,

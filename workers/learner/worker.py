@@ -92,9 +92,9 @@ class LearnerWorker:
         self._options = objective_options(self._objective)
 
     def update(self, batch: RankBatch, *groups_and_scores: Any) -> RankReport:
-        """Take one optimizer update on this rank's groups, followed by as many scores."""
+        """Take one optimizer step on this rank's groups, followed by as many scores."""
         start = time.perf_counter()
-        totals = Totals(version=batch.version)
+        totals = Totals(version=batch.version, part=batch.part)
         groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
         plan = self._planner.plan(groups, scores)
         sequences = split_groups(groups, scores, plan, teachers=batch.teachers)

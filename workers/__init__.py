@@ -1,6 +1,6 @@
 """The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the door of a run; the others open one pool."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +24,12 @@ from workers.placement import (
     connect,
     is_local,
     pools,
-    reserve,
+    shares_one_gpu,
     teacher_role,
     totals,
 )
 from workers.reference import ReferenceModel
+from workers.reservation import reserve, told_to
 from workers.rollout.fleet import RayRolloutFleet
 from workers.scores import check_replay, head_keys, training_fleets
 from workers.teacher.fleet import RayTeacherFleet, check_teachers
@@ -53,15 +54,18 @@ __all__ = [
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[str | None]:
+def connected(config: Config, say: Callable[[str], None] = lambda _: None) -> Iterator[str | None]:
     """Join or start the Ray cluster, check that the run fits it, and leave it at the end; yields its dashboard's URL.
 
-    Raises ValueError when there is no cluster or it is too small.
+    say: takes a line now and then while workers wait for their place. Raises ValueError when there is no cluster or it
+    is too small and may not grow.
     """
     dashboard_url = connect(config.cluster)
     try:
-        check_capacity(list(pools(config).values()))
-        yield dashboard_url
+        if not config.cluster.may_grow:
+            check_capacity(list(pools(config).values()))
+        with told_to(say):
+            yield dashboard_url
     finally:
         ray.shutdown()
 
@@ -238,6 +242,7 @@ def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[
             role=role,
             pool=pool,
             placement_group=group,
+            one_bundle=shares_one_gpu([pool]),
             log_dir=log_dir,
             num_threads=config.cluster.threads_per_worker,
             local=is_local(config.cluster),
@@ -247,8 +252,9 @@ def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[
 
 
 def _berths(config: Config, *, log_dir: Path) -> dict[str, Berth]:
-    """Reserve one bundle for every worker of every pool, all or none."""
+    """Reserve a place for every worker of every pool, all or none."""
     by_role = pools(config)
+    shared = shares_one_gpu(list(by_role.values()))
     group: Any = reserve(list(by_role.values()), timeout_s=config.cluster.placement_timeout_s)
     berths, first_bundle = {}, 0
     for role, pool in by_role.items():
@@ -257,9 +263,10 @@ def _berths(config: Config, *, log_dir: Path) -> dict[str, Berth]:
             pool=pool,
             placement_group=group,
             first_bundle=first_bundle,
+            one_bundle=shared,
             log_dir=log_dir,
             num_threads=config.cluster.threads_per_worker,
             local=is_local(config.cluster),
         )
-        first_bundle += pool.num_workers
+        first_bundle += 0 if shared else pool.num_workers
     return berths

@@ -152,7 +152,9 @@ def _cluster(config: Config, stack: ExitStack) -> list[Finding]:
     authenticated = os.environ.get("RAY_AUTH_MODE") == "token"
     found = f"the run asks for {words}"
     if any(asked[kind] > present[kind] for kind in asked):  # not refused: cluster.may_grow=true
-        advice = f"an autoscaler must add the rest within cluster.placement_timeout_s={config.cluster.placement_timeout_s:g}"
+        advice = (
+            f"an autoscaler must add the rest within cluster.placement_timeout_s={config.cluster.placement_timeout_s:g}"
+        )
         return [warning("cluster", found, advice), dashboard(url, authenticated=authenticated)]
     return [ok("cluster", found), dashboard(url, authenticated=authenticated)]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -14,6 +14,7 @@ from opd_ray.controller import Fleets
 from opd_ray.protocol import Float32, Int32, Payload, RolloutFleet, ScoreRequest
 from opd_ray.requests import ObjectiveIds, head_is_read, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
+from workers.colocated import ColocatedLearner
 from workers.fleet import Berth, kill, spawn
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
@@ -52,6 +53,8 @@ __all__ = [
     "training_fleets",
 ]
 
+_Fleet = TypeVar("_Fleet", RayRolloutFleet, RayTeacherFleet, RayLearner)
+
 
 @contextmanager
 def connected(config: Config, say: Callable[[str], None] = lambda _: None) -> Iterator[str | None]:
@@ -81,12 +84,15 @@ def open_fleets(
     berths = _berths(config, log_dir=log_dir)
     teachers = teachers_of(config)
     response_tokens = max_response_tokens(config)
-    rollout = RayRolloutFleet(
-        model_path=config.student.path,
-        config=config.rollout,
-        max_model_tokens=config.data.max_prompt_tokens + response_tokens,
+    rollout = _in_turn(
+        RayRolloutFleet(
+            model_path=config.student.path,
+            config=config.rollout,
+            max_model_tokens=config.data.max_prompt_tokens + response_tokens,
+            berth=berths["rollout"],
+            objective=config.objective,
+        ),
         berth=berths["rollout"],
-        objective=config.objective,
     )
     teacher_arguments = {
         "request": score_request(config.objective),
@@ -96,11 +102,14 @@ def open_fleets(
         "equivalent_ids": ids.equivalent,
     }
     teacher_fleets = {
-        name: RayTeacherFleet(
-            name=name,
-            config=t,
+        name: _in_turn(
+            RayTeacherFleet(
+                name=name,
+                config=t,
+                berth=berths[teacher_role(name)],
+                arguments={**teacher_arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
+            ),
             berth=berths[teacher_role(name)],
-            arguments={**teacher_arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
         )
         for name, t in teachers.by_name.items()
     }
@@ -118,11 +127,29 @@ def open_fleets(
     try:
         for fleet in fleets:
             fleet.wait_ready()
-        yield Fleets(rollout=rollout, teacher=RoutedTeachers(teacher_fleets, teachers), learner=learner)
+        yield _fleets(config, rollout=rollout, teachers=teacher_fleets, learner=learner)
     finally:
         for fleet in fleets:
             fleet.close()
         remove_placement_group(berths["rollout"].placement_group)
+
+
+def _in_turn(fleet: _Fleet, *, berth: Berth) -> _Fleet:
+    """Wait for a fleet that shares its GPU: vLLM measures what is free of it, which must not change meanwhile."""
+    if berth.one_bundle:
+        fleet.wait_ready()
+    return fleet
+
+
+def _fleets(
+    config: Config, *, rollout: RayRolloutFleet, teachers: Mapping[str, RayTeacherFleet], learner: RayLearner
+) -> Fleets:
+    """Return the pools as the loop sees them."""
+    teacher = RoutedTeachers(teachers, teachers_of(config))
+    if not config.cluster.sleep:
+        return Fleets(rollout=rollout, teacher=teacher, learner=learner)
+    colocated = ColocatedLearner(learner, rollout=rollout, teacher=teacher, teachers=list(teachers.values()))
+    return Fleets(rollout=rollout, teacher=teacher, learner=colocated)
 
 
 @contextmanager

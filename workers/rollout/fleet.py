@@ -54,6 +54,14 @@ class RayRolloutFleet:
         summaries: list[GroupSummary] = ray.get([group.summary for group in groups])
         return summaries
 
+    def sleep(self) -> None:
+        """Have every worker give its GPU's memory back; all that was asked must be answered."""
+        ray.get([worker.sleep.remote() for worker in self._workers])
+
+    def wake(self) -> None:
+        """Have every worker take its memory again; they serve once a version is loaded."""
+        ray.get([worker.wake.remote() for worker in self._workers])
+
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)

@@ -144,13 +144,24 @@ def _credentials(config: Config) -> list[Finding]:
 def _cluster(config: Config, stack: ExitStack) -> list[Finding]:
     """Join or start the cluster until the stack is left."""
     try:
-        url = stack.enter_context(workers.connected(config))
+        url = stack.enter_context(workers.connected(config, _tell))
     except ValueError as refusal:
         return [error("cluster", str(refusal), "change cluster.*, *.num_workers or *.cpus_per_worker")]
     asked, present = workers.totals(list(workers.pools(config).values())), workers.capacity()
     words = ", ".join(f"{asked[kind]:g} of {present[kind]:g} {kind}s" for kind in asked)
     authenticated = os.environ.get("RAY_AUTH_MODE") == "token"
-    return [ok("cluster", f"the run asks for {words}"), dashboard(url, authenticated=authenticated)]
+    found = f"the run asks for {words}"
+    if any(asked[kind] > present[kind] for kind in asked):  # not refused: cluster.may_grow=true
+        advice = (
+            f"an autoscaler must add the rest within cluster.placement_timeout_s={config.cluster.placement_timeout_s:g}"
+        )
+        return [warning("cluster", found, advice), dashboard(url, authenticated=authenticated)]
+    return [ok("cluster", found), dashboard(url, authenticated=authenticated)]
+
+
+def _tell(line: str) -> None:
+    """Print a line beside the table, which may be JSON."""
+    print(line, file=sys.stderr)
 
 
 def _engines(config: Config, *, models: Models, prompts: PromptSets) -> list[Finding]:

@@ -57,7 +57,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=plan.models.vocab_size, local=local)]
     )
-    with workers.connected(config):
+    with workers.connected(config, console.say):
         step = claim(run_dir, config.resume)
         (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)

@@ -1,10 +1,10 @@
 """The Ray actors; the only home of vLLM and DeepSpeed. `open_fleets` is the door of a run; the others open one pool."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -14,6 +14,7 @@ from opd_ray.controller import Fleets
 from opd_ray.protocol import Float32, Int32, Payload, RolloutFleet, ScoreRequest
 from opd_ray.requests import ObjectiveIds, head_is_read, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
+from workers.colocated import ColocatedLearner
 from workers.fleet import Berth, kill, spawn
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
@@ -25,11 +26,12 @@ from workers.placement import (
     connect,
     is_local,
     pools,
-    reserve,
+    shares_one_gpu,
     teacher_role,
     totals,
 )
 from workers.reference import ReferenceModel
+from workers.reservation import reserve, told_to
 from workers.rollout.fleet import RayRolloutFleet
 from workers.rollout.worker import RolloutWorker
 from workers.scores import check_replay, head_keys, training_fleets
@@ -55,17 +57,22 @@ __all__ = [
     "training_fleets",
 ]
 
+_Fleet = TypeVar("_Fleet", RayRolloutFleet, RayTeacherFleet, RayLearner)
+
 
 @contextmanager
-def connected(config: Config) -> Iterator[str | None]:
+def connected(config: Config, say: Callable[[str], None] = lambda _: None) -> Iterator[str | None]:
     """Join or start the Ray cluster, check that the run fits it, and leave it at the end; yields its dashboard's URL.
 
-    Raises ValueError when there is no cluster or it is too small.
+    say: takes a line now and then while workers wait for their place. Raises ValueError when there is no cluster or it
+    is too small and may not grow.
     """
     dashboard_url = connect(config.cluster)
     try:
-        check_capacity(list(pools(config).values()))
-        yield dashboard_url
+        if not config.cluster.may_grow:
+            check_capacity(list(pools(config).values()))
+        with told_to(say):
+            yield dashboard_url
     finally:
         ray.shutdown()
 
@@ -96,14 +103,17 @@ def open_fleets(
     berths = _berths(config, log_dir=log_dir)
     teachers = teachers_of(config)
     response_tokens = max_response_tokens(config)
-    rollout = RayRolloutFleet(
-        model_path=config.student.path,
-        config=config.rollout,
-        max_model_tokens=config.data.max_prompt_tokens + response_tokens,
+    rollout = _in_turn(
+        RayRolloutFleet(
+            model_path=config.student.path,
+            config=config.rollout,
+            max_model_tokens=config.data.max_prompt_tokens + response_tokens,
+            berth=berths["rollout"],
+            objective=config.objective,
+            deterministic=config.deterministic,
+            worker_class=classes.rollout,
+        ),
         berth=berths["rollout"],
-        objective=config.objective,
-        deterministic=config.deterministic,
-        worker_class=classes.rollout,
     )
     teacher_arguments = {
         "request": score_request(config.objective),
@@ -114,12 +124,15 @@ def open_fleets(
         "deterministic": config.deterministic,
     }
     teacher_fleets = {
-        name: RayTeacherFleet(
-            name=name,
-            config=t,
+        name: _in_turn(
+            RayTeacherFleet(
+                name=name,
+                config=t,
+                berth=berths[teacher_role(name)],
+                arguments={**teacher_arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
+                worker_class=classes.teacher,
+            ),
             berth=berths[teacher_role(name)],
-            arguments={**teacher_arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
-            worker_class=classes.teacher,
         )
         for name, t in teachers.by_name.items()
     }
@@ -138,11 +151,29 @@ def open_fleets(
     try:
         for fleet in fleets:
             fleet.wait_ready()
-        yield Fleets(rollout=rollout, teacher=RoutedTeachers(teacher_fleets, teachers), learner=learner)
+        yield _fleets(config, rollout=rollout, teachers=teacher_fleets, learner=learner)
     finally:
         for fleet in fleets:
             fleet.close()
         remove_placement_group(berths["rollout"].placement_group)
+
+
+def _in_turn(fleet: _Fleet, *, berth: Berth) -> _Fleet:
+    """Wait for a fleet that shares its GPU: vLLM measures what is free of it, which must not change meanwhile."""
+    if berth.one_bundle:
+        fleet.wait_ready()
+    return fleet
+
+
+def _fleets(
+    config: Config, *, rollout: RayRolloutFleet, teachers: Mapping[str, RayTeacherFleet], learner: RayLearner
+) -> Fleets:
+    """Return the pools as the loop sees them."""
+    teacher = RoutedTeachers(teachers, teachers_of(config))
+    if not config.cluster.sleep:
+        return Fleets(rollout=rollout, teacher=teacher, learner=learner)
+    colocated = ColocatedLearner(learner, rollout=rollout, teacher=teacher, teachers=list(teachers.values()))
+    return Fleets(rollout=rollout, teacher=teacher, learner=colocated)
 
 
 @contextmanager
@@ -263,6 +294,7 @@ def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[
             role=role,
             pool=pool,
             placement_group=group,
+            one_bundle=shares_one_gpu([pool]),
             log_dir=log_dir,
             num_threads=config.cluster.threads_per_worker,
             local=is_local(config.cluster),
@@ -272,8 +304,9 @@ def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[
 
 
 def _berths(config: Config, *, log_dir: Path) -> dict[str, Berth]:
-    """Reserve one bundle for every worker of every pool, all or none."""
+    """Reserve a place for every worker of every pool, all or none."""
     by_role = pools(config)
+    shared = shares_one_gpu(list(by_role.values()))
     group: Any = reserve(list(by_role.values()), timeout_s=config.cluster.placement_timeout_s)
     berths, first_bundle = {}, 0
     for role, pool in by_role.items():
@@ -282,9 +315,10 @@ def _berths(config: Config, *, log_dir: Path) -> dict[str, Berth]:
             pool=pool,
             placement_group=group,
             first_bundle=first_bundle,
+            one_bundle=shared,
             log_dir=log_dir,
             num_threads=config.cluster.threads_per_worker,
             local=is_local(config.cluster),
         )
-        first_bundle += pool.num_workers
+        first_bundle += 0 if shared else pool.num_workers
     return berths

@@ -28,12 +28,13 @@ _GPU_ENV = {"DS_ACCELERATOR": "cuda"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Berth:
-    """Where a pool's workers live: a run of bundles of the placement group, and the run's log folder."""
+    """Where a pool's workers live: bundles of the placement group, and the run's log folder."""
 
     role: str
     pool: Pool
     placement_group: Any
     first_bundle: int = 0
+    one_bundle: bool = False  # all workers live in the first; else each has one of its own
     log_dir: Path
     num_threads: int  # CPU threads of torch; 0: its own choice
     local: bool  # everything on this machine's loopback
@@ -41,6 +42,10 @@ class Berth:
     def log_file(self, index: int) -> Path:
         """Return where a worker's output goes."""
         return self.log_dir / f"{self.role}-{index}.log"
+
+    def bundle(self, index: int) -> int:
+        """Return the bundle that a worker lives in."""
+        return self.first_bundle + (0 if self.one_bundle else index)
 
 
 def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concurrent: bool) -> list[Any]:
@@ -56,7 +61,7 @@ def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concur
             num_gpus=berth.pool.gpus_per_worker,
             runtime_env={"env_vars": _environment(berth)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=berth.placement_group, placement_group_bundle_index=berth.first_bundle + index
+                placement_group=berth.placement_group, placement_group_bundle_index=berth.bundle(index)
             ),
             **({"max_concurrency": _MAX_CONCURRENT_CALLS} if concurrent else {}),
         )

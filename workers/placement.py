@@ -1,14 +1,12 @@
-"""Joins or starts the Ray cluster and reserves a place for every worker, or says why there is none."""
+"""Joins or starts the Ray cluster, and says what a run's workers need of it."""
 
 import logging
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
 
 from opd_ray.config.schema import Config
 from opd_ray.config.services import ClusterConfig
@@ -106,7 +104,8 @@ def check_capacity(all_pools: Sequence[Pool]) -> None:
             asked = ", ".join(f"{p.key}={p.num_workers} x {_share(p, resource):g}" for p in all_pools)
             raise ValueError(
                 f"the run asks for {needed:g} {resource}s and the cluster has {present:g} ({asked}): lower one of"
-                f" these or {'the *.cpus_per_* keys' if resource == 'CPU' else 'use a larger cluster'}"
+                f" these or {'the *.cpus_per_* keys' if resource == 'CPU' else 'use a larger cluster'}, or say"
+                " cluster.may_grow=true where an autoscaler adds nodes"
             )
 
 
@@ -121,20 +120,10 @@ def totals(all_pools: Sequence[Pool]) -> dict[str, float]:
     return {r: sum(p.num_workers * _share(p, r) for p in all_pools) for r in ("CPU", "GPU")}
 
 
-def reserve(all_pools: Sequence[Pool], *, timeout_s: float) -> Any:
-    """Return a placement group with one bundle a worker, in the pools' order."""
-    bundles = [
-        {"CPU": pool.cpus_per_worker, **({"GPU": pool.gpus_per_worker} if pool.gpus_per_worker else {})}
-        for pool in all_pools
-        for _ in range(pool.num_workers)
-    ]
-    group = placement_group(bundles, strategy="PACK")
-    if not group.wait(timeout_s):
-        raise ValueError(
-            f"no place for {len(bundles)} workers within cluster.placement_timeout_s={timeout_s:g}; the cluster's free"
-            f" resources are {ray.available_resources()}"
-        )
-    return group
+def shares_one_gpu(all_pools: Sequence[Pool]) -> bool:
+    """Whether the workers with GPUs, several, ask for parts of a GPU that make up no more than one: they share it."""
+    shares = [pool.gpus_per_worker for pool in all_pools for _ in range(pool.num_workers) if pool.gpus_per_worker]
+    return len(shares) > 1 and max(shares) < 1 and round(sum(shares), 4) <= 1
 
 
 def _share(pool: Pool, resource: str) -> float:

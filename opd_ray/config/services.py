@@ -17,7 +17,9 @@ class ClusterConfig:
 
     address: str | None = None  # None: RAY_ADDRESS if set (as in a submitted job), else a cluster of this process
     num_cpus: int | None = None  # CPUs of a cluster of this process; None: all of the machine
-    placement_timeout_s: float = 600.0
+    placement_timeout_s: float = 600.0  # how long the workers wait for their place
+    may_grow: bool = False  # an autoscaler adds nodes: a run larger than the cluster waits instead of being refused
+    sleep: bool = False  # engines that share one GPU with the learner give their memory back while it updates
     threads_per_worker: int = 0  # CPU threads of torch in each worker; 0: torch's own choice
 
 

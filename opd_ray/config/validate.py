@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from opd_ray.config.devices import check_devices
 from opd_ray.config.objective import (
     BaselineKind,
     ObjectiveConfig,
@@ -19,7 +20,7 @@ from opd_ray.routing import max_response_tokens, teacher_key, teachers_of, verif
 
 def validate(config: Config) -> None:
     """Raise ValueError for the first rule the configuration breaks."""
-    for rule in (_modes, _data, _self_teachers, _sampling, _objective, _cache, _batch, _micro_batch, _devices):
+    for rule in (_modes, _data, _self_teachers, _sampling, _objective, _cache, _batch, _micro_batch, check_devices):
         rule(config)
 
 
@@ -176,7 +177,7 @@ def _sampled(config: Config) -> None:
     for key, given, most in (("max_staleness", config.max_staleness, 0), ("learner.updates_per_batch", num_updates, 1)):
         _require(
             objective.ratio is not RatioKind.none or given <= most,
-            f"objective.ratio=none with objective=sampled and {key}={given}: by then the student is no longer the policy"
+            f"objective.ratio=none with objective=sampled and {key}={given}: by then the student is not the policy"
             " that sampled, and the policy gradient must weigh the samples; expected truncated or ppo",
         )
 
@@ -245,12 +246,4 @@ def _micro_batch(config: Config) -> None:
         f"learner.max_tokens_per_micro_batch={limit}: expected at least {longest}, the longest sequence"
         f" (data.max_prompt_tokens={config.data.max_prompt_tokens}"
         f" + max_response_tokens={max_response_tokens(config)}, the largest of rollout and tasks)",
-    )
-
-
-def _devices(config: Config) -> None:
-    learner = config.learner
-    _require(
-        learner.gpus_per_rank in (0, 1),
-        f"learner.gpus_per_rank={learner.gpus_per_rank}: expected 0 or 1; more GPUs are more ranks (learner.num_ranks)",
     )

@@ -63,10 +63,10 @@ def needs(config: Config, *, student: ModelFacts, teachers: Mapping[str, ModelFa
 
 
 def memory(pools: Sequence[Need], *, present: Memory) -> Finding:
-    """Compare the needs with the GPU of each worker, and the CPU workers' together with the machine's memory."""
+    """Compare the needs with the GPU of each worker or of all, and the CPU workers' with the machine's memory."""
     words = ", ".join(f"{need.role} {need.num_workers} x {size(need.bytes_per_worker)}" for need in pools)
     on_cpu = sum(need.num_workers * need.bytes_per_worker for need in pools if not need.gpus_per_worker)
-    on_gpu = max((need.bytes_per_worker / need.gpus_per_worker for need in pools if need.gpus_per_worker), default=0)
+    on_gpu = _fullest_gpu([need for need in pools if need.gpus_per_worker])
     found, worst = f"needed at least: {words}", 0.0
     for kind, needed, there in (
         ("machine's memory", on_cpu, present.machine_bytes),
@@ -83,6 +83,18 @@ def memory(pools: Sequence[Need], *, present: Memory) -> Finding:
     if worst > 1:
         return error("memory", found, advice)
     return warning("memory", found, advice) if worst > _NEARLY_FULL else ok("memory", found)
+
+
+def _fullest_gpu(pools: Sequence[Need]) -> float:
+    """Return the bytes that must fit on one GPU.
+
+    Workers whose parts make up no more than one GPU share it, and any of them may have more than its part: engines give
+    theirs back while the learner updates. Elsewhere a worker has its part of a GPU.
+    """
+    parts = [need.num_workers * need.gpus_per_worker for need in pools]
+    if sum(parts) <= 1:
+        return sum(need.num_workers * need.bytes_per_worker for need in pools)
+    return max(need.bytes_per_worker / need.gpus_per_worker for need in pools)
 
 
 def kv_cache(config: Config, *, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> Finding:

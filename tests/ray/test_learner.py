@@ -31,7 +31,8 @@ from workers import connected
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
-from workers.placement import pools, reserve
+from workers.placement import pools
+from workers.reservation import reserve
 from workers.support_codec import pack_support
 from workers.weights import read_tensors
 

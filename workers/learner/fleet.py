@@ -59,6 +59,10 @@ class RayLearner:
             "time/update_s": time.perf_counter() - ready,
         }
 
+    def release_memory(self) -> None:
+        """Have every rank give the GPU's memory that it does not use back."""
+        ray.get([rank.release_memory.remote() for rank in self._ranks])
+
     def held_out_kl(self, batch: Batch) -> tuple[float, int]:
         """Exact KL(student || teacher), mean over the batch's tokens, in nats, and their number."""
         summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])

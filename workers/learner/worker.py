@@ -3,6 +3,7 @@
 transformers and DeepSpeed are imported when a worker is built: the driver needs the class only.
 """
 
+import gc
 import os
 import socket
 import time
@@ -115,6 +116,12 @@ class LearnerWorker:
             lr=lr,
             learn_s=time.perf_counter() - start,
         )
+
+    def release_memory(self) -> None:
+        """Give what torch keeps of the GPU's memory for later back to the GPU."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def held_out_kl(self, batch: RankBatch, *groups_and_scores: Any) -> tuple[float, int]:

@@ -86,6 +86,14 @@ class RayRolloutFleet:
         finished, _ = ray.wait(refs, num_returns=num_groups, fetch_local=False)
         return sorted(map(refs.index, finished))
 
+    def sleep(self) -> None:
+        """Have every worker give its GPU's memory back; all that was asked must be answered."""
+        ray.get([worker.sleep.remote() for worker in self._workers])
+
+    def wake(self) -> None:
+        """Have every worker take its memory again; they serve once a version is loaded."""
+        ray.get([worker.wake.remote() for worker in self._workers])
+
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)

@@ -26,10 +26,12 @@ from opd_ray.protocol import (
 )
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
+from workers.engine_sleep import DISCARD_WEIGHTS, fall_asleep, wake_up
 from workers.rollout.turns import Turn, Turns
 from workers.weights import WeightManifest
 
 _MAX_TEXT_CHARACTERS = 4000
+_NO_VERSION = -2  # older than any request asks for: nothing is served
 _DEFAULT_MAX_LOGPROBS = 20  # vLLM's own
 # A prefill in parts discards a draw and rewinds the request's generator, which torch's CPU generator cannot do.
 CPU_ENGINE_ARGS = {"enable_chunked_prefill": False}
@@ -86,6 +88,19 @@ class RolloutWorker:
                 self._version = manifest.version
                 self._version_changed.notify_all()
         return time.perf_counter() - start
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back; no `generate` may be under way. Nothing is served until a version is loaded.
+
+        The weights are discarded: a publication, which holds all of them, follows every sleep.
+        """
+        async with self._version_changed:
+            self._version = _NO_VERSION
+        await asyncio.wrap_future(self._loop.call(lambda: fall_asleep(self._engine, level=DISCARD_WEIGHTS)))
+
+    async def wake(self) -> None:
+        """Take the memory again, to load a version into it."""
+        await asyncio.wrap_future(self._loop.call(lambda: wake_up(self._engine)))
 
     async def generate(
         self, request: GenerateRequest, turn: Turn | None = None

@@ -57,16 +57,17 @@ class TeacherActor:
         # A recording's scores are found by the groups as they were sampled, with the student's prompts.
         self._is_recorded = config.kind is TeacherKind.cache
         self._scorer: Scorer
+        self._engine: TeacherWorker | None = None  # None: none on this run's devices
         if config.kind is TeacherKind.http:
             assert config.http is not None
             self._scorer = HttpTeacherWorker(config=config.http, request=request, **common)
-        elif follows_student(config):
-            self._scorer = EmaTeacher(TeacherWorker(config=config, **common), decay=config.self.ema_decay)
         elif config.kind is TeacherKind.cache:
             assert config.cache is not None
             self._scorer = RecordedTeacher(config.cache)
         else:
-            self._scorer = TeacherWorker(config=config, **common)
+            self._engine = self._scorer = TeacherWorker(config=config, **common)
+            if follows_student(config):
+                self._scorer = EmaTeacher(self._engine, decay=config.self.ema_decay)
         if aligned:
             from transformers import AutoTokenizer
 
@@ -88,6 +89,16 @@ class TeacherActor:
             group = _as_teacher_reads(group)
         async with self._alone:
             return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
+
+    async def sleep(self) -> None:
+        """Give the memory of the GPU back; no `score` may be under way. Without an engine there is none."""
+        if self._engine is not None:
+            await self._engine.sleep()
+
+    async def wake(self) -> None:
+        """Take the memory again. Raises RuntimeError when the weights are not the same."""
+        if self._engine is not None:
+            await self._engine.wake()
 
     async def follow(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
         """Take a published version of the student into the average; return the seconds it took."""

@@ -111,6 +111,14 @@ class RayTeacherFleet:
         if self._follows:
             ray.get([worker.restore.remote(self._state_file(folder)) for worker in self._workers])
 
+    def sleep(self) -> None:
+        """Have every worker give its GPU's memory back; all that was asked must be answered."""
+        ray.get([worker.sleep.remote() for worker in self._workers])
+
+    def wake(self) -> None:
+        """Have every worker take its memory again and look at its weights."""
+        ray.get([worker.wake.remote() for worker in self._workers])
+
     def close(self) -> None:
         """End the workers."""
         kill(self._workers)

@@ -42,6 +42,11 @@ class TeacherHead:
         self._num_rows, self._vocab_size = len(head_RD), vocab_size
         self._equivalence = equivalence
 
+    @property
+    def weights_WD(self) -> Tensor:
+        """Return the output matrix."""
+        return self._matrix.weights_WD
+
     @torch.inference_mode()
     def score(self, hidden_ND: Tensor, *, ids_N: Tensor, student_ids_NK: Tensor, request: ScoreRequest) -> HeadScores:
         """Return what a request asks for, of the tokens ids_N that these states predict; ids int64.

@@ -26,6 +26,11 @@ class OutputMatrix:
         num_rows = 0 if head_RD.is_cuda else self.chunk_tokens
         self._logits_NW = torch.empty(num_rows, len(self._head_WD))
 
+    @property
+    def weights_WD(self) -> Tensor:
+        """Return the matrix, padded with rows of zeros."""
+        return self._head_WD
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return logits [N,W] of at most chunk_tokens tokens; the next call overwrites them."""
         if self._head_WD.is_cuda:  # tensor cores multiply 16-bit numbers and add in float32

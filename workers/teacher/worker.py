@@ -16,6 +16,8 @@ from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.protocol import Int32, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from opd_ray.requests import follows_student
 from workers.engine_loop import EngineLoop, executor
+from workers.engine_sleep import KEEP_WEIGHTS, fall_asleep, wake_up
+from workers.fingerprint import Fingerprint, differences, of_engine
 from workers.output_head import head_of, load_head
 from workers.teacher.checks import check_ids
 from workers.teacher.head import TeacherHead
@@ -69,10 +71,40 @@ class TeacherWorker:
         # One thread: the head uses all cores by itself, and its chunks share memory.
         self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="head")
         self._num_groups = 0
+        self._expected: Fingerprint | None = None  # None: not taken since the weights have changed
+        self._awake = asyncio.Event()
+        self._awake.set()
 
     async def ready(self) -> bool:
-        """Answer once the engine is built."""
+        """Answer once the engine is built; its weights are held against their fingerprint from now on."""
+        self._expected = await self.fingerprint()
         return True
+
+    async def fingerprint(self) -> dict[str, str]:
+        """Return the fingerprint of the engine's weights and of the head."""
+        return await asyncio.wrap_future(self._loop.call(lambda: of_engine(self._engine, head=self._head.weights_WD)))
+
+    async def sleep(self) -> None:
+        """Give the engine's memory on the GPU back, its weights kept in the machine's; no `score` may be under way.
+
+        The head stays where it is. Groups that come now are scored after waking.
+        """
+        self._awake.clear()
+        if self._expected is None:
+            self._expected = await self.fingerprint()
+        await asyncio.wrap_future(self._loop.call(lambda: fall_asleep(self._engine, level=KEEP_WEIGHTS)))
+
+    async def wake(self) -> None:
+        """Take the memory again. Raises RuntimeError, and scores nothing more, when the weights are not the same."""
+        await asyncio.wrap_future(self._loop.call(lambda: wake_up(self._engine)))
+        assert self._expected is not None
+        changed = differences(self._expected, await self.fingerprint())
+        if changed:
+            raise RuntimeError(
+                f"the teacher woke with other weights than it fell asleep with: {len(changed)} of"
+                f" {len(self._expected)} tensors differ, the first is {changed[0]}"
+            )
+        self._awake.set()
 
     def close(self) -> None:
         """End the processes that the engine has started, if it has; they also end by themselves with this one."""
@@ -81,6 +113,7 @@ class TeacherWorker:
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
         """Score every response token of a group. Raises BadScore for a group that no teacher could score."""
         start = time.perf_counter()
+        await self._awake.wait()
         check_ids(group, vocab_size=self._vocab_size)
         self._num_groups += 1
         salt = f"group {self._num_groups}"
@@ -114,6 +147,7 @@ class TeacherWorker:
         await asyncio.wrap_future(self._loop.call(lambda: update_engine(self._engine, manifest, buffer)))
         head_RD = head_of(dict(read_tensors(buffer, manifest)))
         self._head = self._make_head(head_RD.to(self._device, self._dtype, copy=True))
+        self._expected = None
 
     def _build(
         self, states: Sequence[torch.Tensor], group: TrajectoryGroup, request: ScoreRequest

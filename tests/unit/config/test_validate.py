@@ -201,13 +201,6 @@ def test_the_longest_sequence_is_that_of_the_task_with_the_longest_responses():
     accepted(*given, tasks, "learner.max_tokens_per_micro_batch=64")
 
 
-@pytest.mark.parametrize("share", ["0.5", "2"])
-def test_a_rank_has_one_gpu_or_none(share: str):
-    words = refused(f"learner.gpus_per_rank={share}")
-    assert words.startswith(f"learner.gpus_per_rank={float(share)}: expected 0 or 1")
-    assert "learner.num_ranks" in words
-
-
 def test_a_batch_larger_than_the_training_set_is_no_fault():
     compose_config(*MANDATORY, "data.num_prompts=2", "batch.num_prompts=32")
 

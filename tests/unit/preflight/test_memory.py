@@ -39,6 +39,16 @@ def test_workers_on_gpus_have_one_each_or_share_it():
     assert "the GPU's memory is not known here" in finding.found
 
 
+def test_workers_that_share_one_gpu_need_room_together_and_none_has_to_fit_its_part():
+    small, large = (replace(NEED, num_workers=1, gpus_per_worker=part) for part in (0.7, 0.3))
+    small = replace(small, bytes_per_worker=1 * GIB)
+    large = replace(large, role="learner", bytes_per_worker=6 * GIB)
+    assert memory([small, large], present=Memory(machine_bytes=1, gpu_bytes=8 * GIB)).status is Status.ok
+    assert memory([small, large], present=Memory(machine_bytes=1, gpu_bytes=int(6.5 * GIB))).status is Status.error
+    on_two = [replace(small, gpus_per_worker=1), large]
+    assert memory(on_two, present=Memory(machine_bytes=1, gpu_bytes=8 * GIB)).status is Status.error
+
+
 def test_a_cache_that_holds_no_sequence_is_red():
     def judge(num_bytes: int):
         config = compose_config(*MANDATORY, f"teacher.engine_args.kv_cache_memory_bytes={num_bytes}")

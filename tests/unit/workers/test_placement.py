@@ -5,7 +5,8 @@ import pytest
 from config_files import compose_config, refusal
 
 from opd_ray.config.services import ClusterConfig
-from workers.placement import Pool, connect, is_local, pools, teacher_role
+from workers.placement import Pool, connect, is_local, pools, shares_one_gpu, teacher_role
+from workers.reservation import bundles
 
 
 def test_each_role_has_a_pool_of_its_own_size_and_needs():
@@ -49,6 +50,22 @@ def test_the_role_of_a_teachers_workers_has_its_name():
 
 def test_the_pools_come_in_the_order_of_the_placement_groups_bundles():
     assert list(pools(compose_config("experiment=demo"))) == ["rollout", "teacher", "learner"]
+
+
+def test_every_worker_has_a_bundle_of_its_own_and_those_that_share_a_gpu_have_one_together():
+    two = pools(compose_config("experiment=demo", "learner.gpus_per_rank=1"))
+    assert bundles(list(two.values())) == [{"CPU": 0.5}, {"CPU": 0.5}, *[{"CPU": 0.5, "GPU": 1.0}] * 2]
+    one = pools(compose_config("experiment=demo", "cluster=one_gpu", "learner.num_ranks=1"))
+    assert bundles(list(one.values())) == [{"CPU": 3.0, "GPU": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [((0.35, 0.3, 0.35), True), ((0.0, 0.5, 0.5), True), ((0.5,), False), ((1.0, 0.0), False), ((0.6, 0.6), False)],
+)
+def test_workers_share_one_gpu_when_all_their_parts_make_up_no_more(parts: tuple[float, ...], expected: bool):
+    of_pool = [Pool(key="k", num_workers=1, cpus_per_worker=1.0, gpus_per_worker=part) for part in parts]
+    assert shares_one_gpu(of_pool) is expected
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def open_fleets(
         config=config.rollout,
         max_model_tokens=config.data.max_prompt_tokens + response_tokens,
         berth=berths["rollout"],
+        lora=config.student.lora.wanted,
         objective=config.objective,
     )
     teacher_arguments = {
@@ -217,6 +218,7 @@ def _learner_arguments(
             loss_weights={task: special.loss_weight for task, special in config.tasks.items()},
         ),
         "num_steps": config.num_steps,
+        "lora": config.student.lora.wanted,
     }
 
 

@@ -40,10 +40,12 @@ class EngineLoop:
     """Owns a `vllm.v1.engine.llm_engine.LLMEngine` and the thread that steps it.
 
     cache_salt: set from inside a `call`; requests admitted from then on share cached prefixes with one another only.
+    request_options: what else the engine is told of each request; set in the same way.
     """
 
     def __init__(self, engine: Any) -> None:
         self.cache_salt: str | None = None
+        self.request_options: dict[str, Any] = {}
         self._engine = engine
         self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
         self._running: dict[str, Future[Any]] = {}
@@ -115,7 +117,7 @@ class EngineLoop:
         self._num_requests += 1
         request_id = str(self._num_requests)
         try:
-            self._engine.add_request(request_id, prompt, item.params)
+            self._engine.add_request(request_id, prompt, item.params, **self.request_options)
         except ValueError as error:  # vLLM refuses the request (too long, for one); the engine goes on
             item.done.set_exception(error)
             return

@@ -8,6 +8,7 @@ import ray
 
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
+from opd_ray.config.student import LoraConfig
 from opd_ray.protocol import GenerateRequest, GroupHandle, GroupSummary, Metrics, WeightBundle
 from workers.fleet import Berth, kill, spawn
 from workers.rollout.worker import RolloutWorker, logprob_args
@@ -16,7 +17,7 @@ from workers.rollout.worker import RolloutWorker, logprob_args
 class RayRolloutFleet:
     """`RolloutFleet` on Ray actors."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is built from
         self,
         *,
         model_path: str,
@@ -24,6 +25,7 @@ class RayRolloutFleet:
         objective: ObjectiveConfig,
         max_model_tokens: int,
         berth: Berth,
+        lora: LoraConfig | None = None,
         worker_class: type = RolloutWorker,
     ) -> None:
         arguments = {
@@ -31,6 +33,7 @@ class RayRolloutFleet:
             "config": config,
             "max_model_tokens": max_model_tokens,
             "logprob_args": logprob_args(config, objective),
+            "lora": lora,
         }
         self._workers = spawn(worker_class, berth=berth, arguments=arguments, concurrent=True)
         self._num_dealt = 0

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
+from opd_ray.config.student import LoraConfig
 from opd_ray.data.tasks import verifier
 from opd_ray.protocol import (
     Finish,
@@ -26,6 +27,7 @@ from opd_ray.protocol import (
 )
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
+from workers.rollout.adapter import adapter_args, adapter_request, load_adapters
 from workers.weights import WeightManifest
 
 _MAX_TEXT_CHARACTERS = 4000
@@ -38,7 +40,13 @@ class RolloutWorker:
     """Serves `generate` calls concurrently; never before it holds the version a request asks for."""
 
     def __init__(
-        self, *, model_path: str, config: RolloutConfig, max_model_tokens: int, logprob_args: dict[str, Any]
+        self,
+        *,
+        model_path: str,
+        config: RolloutConfig,
+        max_model_tokens: int,
+        logprob_args: dict[str, Any],
+        lora: LoraConfig | None = None,
     ) -> None:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -54,6 +62,7 @@ class RolloutWorker:
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
             **logprob_args,
+            **adapter_args(lora),
             "weight_transfer_config": WeightTransferConfig(backend=object_store_engine.BACKEND),
             **({} if config.gpus_per_worker else CPU_ENGINE_ARGS),
             **config.engine_args,
@@ -98,7 +107,11 @@ class RolloutWorker:
     def _apply(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
         from workers.object_store_engine import update_engine
 
-        update_engine(self._engine, manifest, buffer)
+        if manifest.lora is not None:
+            load_adapters(self._engine, manifest, buffer)
+            self._loop.request_options = {"lora_request": adapter_request()}
+        else:
+            update_engine(self._engine, manifest, buffer)
         self._engine.set_weight_version(str(manifest.version))
         self._loop.cache_salt = str(manifest.version)  # prefixes cached under the old weights are not for the new
 

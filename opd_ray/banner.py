@@ -7,6 +7,7 @@ from opd_ray.config.schema import BatchMode, Config, TeacherConfig
 from opd_ray.config.teacher import SelfUpdate, TeacherKind
 from opd_ray.console import step_breakdown
 from opd_ray.data.batches import mixed_counts
+from opd_ray.data.lora import describe_adapters
 from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.protocol import Metrics, Payload
@@ -25,6 +26,7 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
     return [
         f"student    {config.student.path}",
+        *([f"adapters   {describe_adapters(config.student.lora, models.adapters)}"] if models.adapters else []),
         *(f"teacher    {_described(t)}{_taught(teachers.tasks_of(name))}" for name, t in teachers.by_name.items()),
         *_recorded(config, prompts),
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"

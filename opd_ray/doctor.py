@@ -26,6 +26,7 @@ import workers
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config
+from opd_ray.data.lora import describe_adapters
 from opd_ray.data.models import Models, inspect_models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.data.tiny_models import is_built
@@ -113,10 +114,11 @@ def _models(config: Config) -> tuple[Models | None, list[Finding]]:
         return None, [warning("models", words, "start the run, then ask again")]
     try:
         by_key = {teacher_key(name): teacher for name, teacher in teachers.items()}
-        models = inspect_models(student_path=config.student.path, teachers=by_key)
+        models = inspect_models(student_path=config.student.path, teachers=by_key, lora=config.student.lora.wanted)
     except ValueError as refusal:
         return None, [error("models", str(refusal), "give other models")]
     found = f"the files of student and teachers ({len(teachers)}) are whole, their token maps agree"
+    found += f"; {describe_adapters(config.student.lora, models.adapters)}" if models.adapters else ""
     local = workers.is_local(config.cluster)
     return models, [ok("models", found), *model_findings(config, vocab_size=models.vocab_size, local=local)]
 

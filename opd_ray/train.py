@@ -109,7 +109,9 @@ def _plan(config: Config, console: RunConsole) -> Plan:
     workers.check_teachers(config, teachers.values())
     _build_missing_models(config, console)
     models = inspect_models(
-        student_path=config.student.path, teachers={teacher_key(name): t for name, t in teachers.items()}
+        student_path=config.student.path,
+        teachers={teacher_key(name): t for name, t in teachers.items()},
+        lora=config.student.lora.wanted,
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
     return plan_run(config, models)

@@ -110,6 +110,7 @@ def open_fleets(
             max_model_tokens=config.data.max_prompt_tokens + response_tokens,
             berth=berths["rollout"],
             objective=config.objective,
+            lora=config.student.lora.wanted,
             deterministic=config.deterministic,
             worker_class=classes.rollout,
         ),
@@ -273,6 +274,7 @@ def _learner_arguments(
         ),
         "num_steps": config.num_steps,
         "deterministic": config.deterministic,
+        "lora": config.student.lora.wanted,
     }
 
 

@@ -44,10 +44,12 @@ class EngineLoop:
 
     max_running: sequences that the engine has at a time; the others wait here, in order, untouched by any weights.
     cache_salt: set from inside a `call`; requests admitted from then on share cached prefixes with one another only.
+    request_options: what else the engine is told of each request; set in the same way.
     """
 
     def __init__(self, engine: Any, *, max_running: int = sys.maxsize) -> None:
         self.cache_salt: str | None = None
+        self.request_options: dict[str, Any] = {}
         self._engine = engine
         self._max_running = max_running
         self._inbox: queue.SimpleQueue[list[_Request] | _Call | None] = queue.SimpleQueue()
@@ -141,7 +143,7 @@ class EngineLoop:
         self._num_requests += 1
         request_id = str(self._num_requests)
         try:
-            self._engine.add_request(request_id, prompt, item.params)
+            self._engine.add_request(request_id, prompt, item.params, **self.request_options)
         except ValueError as error:  # vLLM refuses the request (too long, for one); the engine goes on
             item.done.set_exception(error)
             return

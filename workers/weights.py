@@ -19,11 +19,19 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class WeightEntry:
     """One tensor of a publication."""
 
-    name: str  # as in the Hugging Face checkpoint
+    name: str  # as in the Hugging Face checkpoint, or in peft's
     dtype: str  # float32 | bfloat16 | float16
     shape: tuple[int, ...]
     offset_bytes: int
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """How adapters change the weights W that they are published without: to W + (alpha / rank) B A."""
+
+    rank: int
+    alpha: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +41,12 @@ class WeightManifest:
     version: int
     entries: tuple[WeightEntry, ...]
     num_bytes: int
+    lora: LoraSpec | None = None  # None: all weights of the model; else its adapters alone, under peft's names
 
 
-def plan_manifest(shapes: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, version: int) -> WeightManifest:
+def plan_manifest(
+    shapes: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, version: int, lora: LoraSpec | None = None
+) -> WeightManifest:
     """Lay tensors out one after another, each aligned to 64 bytes."""
     entries, offset = [], 0
     for name, dtype, shape in shapes:
@@ -50,7 +61,7 @@ def plan_manifest(shapes: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *,
             )
         )
         offset += -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return WeightManifest(version=version, entries=tuple(entries), num_bytes=offset)
+    return WeightManifest(version=version, entries=tuple(entries), num_bytes=offset, lora=lora)
 
 
 def write_tensor(buffer: npt.NDArray[np.uint8], entry: WeightEntry, tensor: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.services import ClusterConfig, TrackingConfig
+from opd_ray.config.student import LoraConfig
 from opd_ray.config.teacher import (
     AlignmentKind,
     CacheTeacherConfig,
@@ -96,6 +97,7 @@ class StudentConfig:
 
     path: str
     build: TinyModelConfig | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(kw_only=True, slots=True)

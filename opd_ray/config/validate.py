@@ -13,7 +13,7 @@ from opd_ray.config.objective import (
     TailKind,
 )
 from opd_ray.config.schema import Config, DataKind
-from opd_ray.config.teacher import AlignmentKind, TeacherKind
+from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of, verifier_name
 
@@ -87,6 +87,12 @@ def _self_teachers(config: Config) -> None:
             teacher.kind is not TeacherKind.self or teacher.path == config.student.path,
             f"{teacher_key(name)}={teacher.path} with kind=self: expected student.path={config.student.path}, or leave"
             " it out",
+        )
+        key = teacher_key(name).removesuffix(".path")
+        _require(
+            config.student.lora.wanted is None or teacher.self.update is SelfUpdate.frozen,
+            f"{key}.self.update={teacher.self.update.value} with student.lora.rank={config.student.lora.rank}: expected"
+            f" {key}.self.update=frozen or student.lora.rank=0; adapters are published without the weights to average",
         )
 
 

@@ -9,9 +9,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer
 
 from opd_ray.config.schema import TeacherConfig
+from opd_ray.config.student import LoraConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.data.hub import local_folder
+from opd_ray.data.lora import AdapterSize, adapter_size
 
 _NUM_NAMED_IDS = 3
 
@@ -23,6 +25,7 @@ class Models:
     tokenizer: Any  # the student's
     vocab_size: int  # rows that all heads have; ids beyond are padding
     teacher_hidden_size: int  # the largest
+    adapters: AdapterSize | None = None  # None: all of the student's weights are trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +49,13 @@ def hidden_size(path: str) -> int:
     return int(_model_config("student.path", _folder("student.path", path)).hidden_size)
 
 
-def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) -> Models:
+def inspect_models(
+    *, student_path: str, teachers: Mapping[str, TeacherConfig], lora: LoraConfig | None = None
+) -> Models:
     """Check student and teachers and return what the run needs of them.
 
-    teachers maps the keys of their paths to them. Raises ValueError for a model that is missing or incomplete, and for
-    tokenizers that name ids differently.
+    teachers maps the keys of their paths to them; lora: the student's adapters. Raises ValueError for a model that is
+    missing or incomplete, for tokenizers that name ids differently, and for adapters of modules that are not there.
     """
     student = open_model("student.path", student_path)
     configs, hidden_sizes = [student.config], [0]
@@ -71,6 +76,7 @@ def inspect_models(*, student_path: str, teachers: Mapping[str, TeacherConfig]) 
         tokenizer=student.tokenizer,
         vocab_size=min(config.vocab_size for config in configs),
         teacher_hidden_size=max(hidden_sizes),
+        adapters=adapter_size(student.config, lora) if lora is not None else None,
     )
 
 

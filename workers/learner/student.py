@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from opd_ray.config.schema import LearnerConfig, LrSchedule
+from opd_ray.config.student import LoraConfig
+from opd_ray.data.lora import add_adapters
 from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, Signal, Tokens, keep_high_entropy
 from workers.learner.attention import PACKED_ATTENTION, PackedLayout, register
 from workers.learner.partitioning import gathered_by_module, partitioned_loading
@@ -57,10 +59,11 @@ class Student(nn.Module):
         return self.model.get_output_embeddings().weight
 
 
-def load_student(path: str, *, config: LearnerConfig) -> Student:
+def load_student(path: str, *, config: LearnerConfig, lora: LoraConfig | None = None) -> Student:
     """Load the model with float32 master weights, or in bfloat16 where DeepSpeed keeps the master copy.
 
     At ZeRO-3 a rank gets its part of every parameter; all ranks load at once.
+    lora: freeze it and train these adapters, in float32 whatever the type of the frozen weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -73,6 +76,8 @@ def load_student(path: str, *, config: LearnerConfig) -> Student:
             use_packed_attention(model)
     if config.gradient_checkpointing:
         recompute_layers(model)
+    if lora is not None:
+        add_adapters(model, lora)
     return Student(model)
 
 
@@ -117,14 +122,17 @@ def use_packed_attention(model: Any) -> None:
         raise ValueError(f"{_UNPACKABLE} (its states differ by {gap:.2g} of the largest)")
 
 
-def deepspeed_config(config: LearnerConfig, *, world_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; `learner.engine_args` are merged over it, block by block."""
+def deepspeed_config(config: LearnerConfig, *, world_size: int, adapters: bool = False) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; `learner.engine_args` are merged over it, block by block.
+
+    adapters: all that is trained is in float32 already, and DeepSpeed must leave the frozen weights' type alone.
+    """
     base: dict[str, Any] = {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,  # nominal: micro-batches are cut by tokens, one backward each
         "managed_gradient_accumulation": False,  # step() is the boundary
         "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": config.dtype.value == "bfloat16"},
+        "bf16": {"enabled": config.dtype.value == "bfloat16" and not adapters},
         "gradient_clipping": config.max_grad_norm,
         "optimizer": {
             "type": "AdamW",
@@ -149,11 +157,12 @@ def build_engine(student: Student, *, config: LearnerConfig, world_size: int, nu
         num_updates = num_steps * config.updates_per_batch
         return get_scheduler(_SCHEDULES[config.lr_schedule], optimizer, config.warmup_steps, num_updates)
 
+    trained = [p for p in student.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=student,
-        model_parameters=[p for p in student.parameters() if p.requires_grad],
+        model_parameters=trained,
         lr_scheduler=scheduler,
-        config=deepspeed_config(config, world_size=world_size),
+        config=deepspeed_config(config, world_size=world_size, adapters=len(trained) < len(list(student.parameters()))),
     )
     if config.zero_stage == 3:  # the head is read outside its own module's forward
         deepspeed.zero.register_external_parameter(student, student.head_VD)

@@ -17,19 +17,21 @@ import torch
 from ray.util import get_node_ip_address
 
 from opd_ray.config.schema import LearnerConfig
+from opd_ray.config.student import LoraConfig
+from opd_ray.data.lora import adapter_parameters
 from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
 from workers.output_head import load_head
-from workers.weights import WeightManifest, plan_manifest, write_tensor
+from workers.weights import LoraSpec, WeightManifest, plan_manifest, write_tensor
 
 
 class LearnerWorker:
     """One rank of the data-parallel group. Every method is called on all ranks at once."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a rank is built from
         self,
         *,
         student_path: str,
@@ -38,9 +40,11 @@ class LearnerWorker:
         objective: ObjectiveSetup,
         num_steps: int,
         deterministic: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         self._deterministic = deterministic
         self._student_path = student_path
+        self._lora = lora
         self._teacher_paths = teacher_paths
         self._config = config
         self._objective = objective
@@ -76,7 +80,7 @@ class LearnerWorker:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
         self._rank = rank
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        student = load_student(self._student_path, config=self._config)
+        student = load_student(self._student_path, config=self._config, lora=self._lora)
         self._engine = build_engine(
             student, config=self._config, world_size=self._config.num_ranks, num_steps=self._num_steps
         )
@@ -146,10 +150,14 @@ class LearnerWorker:
         return total, num_tokens
 
     def publish(self, version: int) -> tuple[WeightManifest | None, npt.NDArray[np.uint8] | None]:
-        """Return all weights in one buffer (rank 0; the others help to gather and return nothing)."""
-        named = list(self._model.named_parameters())
+        """Return all weights, or the adapters alone, in one buffer.
+
+        That is rank 0; the others help to gather and return nothing.
+        """
+        named = self._published()
         shapes = [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
-        manifest = plan_manifest(shapes, version=version)
+        lora = LoraSpec(rank=self._lora.rank, alpha=self._lora.alpha) if self._lora is not None else None
+        manifest = plan_manifest(shapes, version=version, lora=lora)
         buffer = np.empty(manifest.num_bytes, dtype=np.uint8) if self._rank == 0 else None
         for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
             with self._gathered([parameter]):
@@ -158,25 +166,38 @@ class LearnerWorker:
         return (manifest, buffer) if buffer is not None else (None, None)
 
     def save(self, folder: str) -> None:
-        """Write this rank's part of a DeepSpeed checkpoint."""
-        self._engine.save_checkpoint(folder, tag="deepspeed")
+        """Write this rank's part of a DeepSpeed checkpoint; weights under adapters are left out, they never change."""
+        self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=self._lora is not None)
 
     def restore(self, folder: str) -> None:
         """Load this rank's part of a DeepSpeed checkpoint."""
-        loaded, _ = self._engine.load_checkpoint(folder, tag="deepspeed")
+        loaded, _ = self._engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=self._lora is None)
         if loaded is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
 
     def export(self, folder: str) -> None:
-        """Write the student as a Hugging Face folder (rank 0)."""
-        with self._gathered(list(self._model.parameters())):
+        """Write the student as a Hugging Face folder (rank 0); adapters merged in, and by themselves in `adapter`."""
+        with self._gathered([parameter for _, parameter in self._published()]):
             if self._rank == 0:
-                self._model.save_pretrained(folder, safe_serialization=True)
+                self._save_model(folder)
                 self._tokenizer().save_pretrained(folder)
+
+    def _save_model(self, folder: str) -> None:
+        from workers.learner.adapters import export_merged
+
+        if self._lora is None:
+            self._model.save_pretrained(folder, safe_serialization=True)
+        else:
+            dtype = getattr(torch, self._config.dtype.value)
+            export_merged(self._model, base_path=self._student_path, folder=folder, dtype=dtype)
 
     @property
     def _model(self) -> Any:
         return self._engine.module.model
+
+    def _published(self) -> list[tuple[str, Any]]:
+        """Return what a version of the student consists of: all its weights, or its adapters, by name."""
+        return list(self._model.named_parameters() if self._lora is None else adapter_parameters(self._model))
 
     def _gathered(self, parameters: list[Any]) -> Any:
         import deepspeed

@@ -9,6 +9,7 @@ import ray
 
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
+from opd_ray.config.student import LoraConfig
 from opd_ray.protocol import GenerateRequest, GroupHandle, GroupSummary, Metrics, WeightBundle
 from workers.fleet import Berth, kill, spawn
 from workers.rollout.turns import Turn
@@ -27,6 +28,7 @@ class RayRolloutFleet:
         max_model_tokens: int,
         berth: Berth,
         deterministic: bool = False,
+        lora: LoraConfig | None = None,
         worker_class: type = RolloutWorker,
     ) -> None:
         arguments = {
@@ -34,6 +36,7 @@ class RayRolloutFleet:
             "config": config,
             "max_model_tokens": max_model_tokens,
             "logprob_args": logprob_args(config, objective),
+            "lora": lora,
         }
         self._workers = spawn(worker_class, berth=berth, arguments=arguments, concurrent=True)
         self._deterministic = deterministic

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
+from opd_ray.config.student import LoraConfig
 from opd_ray.data.tasks import verifier
 from opd_ray.protocol import (
     Finish,
@@ -26,7 +27,8 @@ from opd_ray.protocol import (
 )
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
-from workers.engine_sleep import DISCARD_WEIGHTS, fall_asleep, wake_up
+from workers.engine_sleep import DISCARD_WEIGHTS, KEEP_WEIGHTS, fall_asleep, wake_up
+from workers.rollout.adapter import adapter_args, adapter_request, load_adapters
 from workers.rollout.turns import Turn, Turns
 from workers.weights import WeightManifest
 
@@ -41,7 +43,13 @@ class RolloutWorker:
     """Serves `generate` calls concurrently; never before it holds the version a request asks for."""
 
     def __init__(
-        self, *, model_path: str, config: RolloutConfig, max_model_tokens: int, logprob_args: dict[str, Any]
+        self,
+        *,
+        model_path: str,
+        config: RolloutConfig,
+        max_model_tokens: int,
+        logprob_args: dict[str, Any],
+        lora: LoraConfig | None = None,
     ) -> None:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -57,6 +65,7 @@ class RolloutWorker:
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
             **logprob_args,
+            **adapter_args(lora),
             "weight_transfer_config": WeightTransferConfig(backend=object_store_engine.BACKEND),
             **({} if config.gpus_per_worker else CPU_ENGINE_ARGS),
             **config.engine_args,
@@ -66,6 +75,7 @@ class RolloutWorker:
         self._tokenizer = self._engine.get_tokenizer()
         self._loop = EngineLoop(self._engine, max_running=self._engine.vllm_config.scheduler_config.max_num_seqs)
         self._turns = Turns(self._loop)
+        self._sleep_level = DISCARD_WEIGHTS if lora is None else KEEP_WEIGHTS
         self._update_in_flight = config.update_in_flight
         self._version = -1
         self._version_changed = asyncio.Condition()
@@ -92,11 +102,12 @@ class RolloutWorker:
     async def sleep(self) -> None:
         """Give the GPU's memory back; no `generate` may be under way. Nothing is served until a version is loaded.
 
-        The weights are discarded: a publication, which holds all of them, follows every sleep.
+        The weights are discarded when the publication that follows every sleep holds all of them; those under
+        adapters are kept in the machine's memory.
         """
         async with self._version_changed:
             self._version = _NO_VERSION
-        await asyncio.wrap_future(self._loop.call(lambda: fall_asleep(self._engine, level=DISCARD_WEIGHTS)))
+        await asyncio.wrap_future(self._loop.call(lambda: fall_asleep(self._engine, level=self._sleep_level)))
 
     async def wake(self) -> None:
         """Take the memory again, to load a version into it."""
@@ -132,7 +143,11 @@ class RolloutWorker:
     def _apply(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
         from workers.object_store_engine import update_engine
 
-        update_engine(self._engine, manifest, buffer)
+        if manifest.lora is not None:
+            load_adapters(self._engine, manifest, buffer)
+            self._loop.request_options = {"lora_request": adapter_request()}
+        else:
+            update_engine(self._engine, manifest, buffer)
         self._engine.set_weight_version(str(manifest.version))
         self._loop.cache_salt = str(manifest.version)  # prefixes cached under the old weights are not for the new
 

@@ -222,7 +222,8 @@ class WeightBundle:
 
     version: int
     manifest: Ref  # -> WeightManifest (see workers.weights)
-    buffer: Ref  # -> uint8 array, all tensors end to end
+    buffer: Ref  # -> a uint8 array a tensor, or None where the senders bring the bytes
+    senders: tuple[Any, ...] = ()  # the learner's ranks, where they write into the workers themselves
 
 
 class Lasting(Protocol):

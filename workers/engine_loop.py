@@ -45,16 +45,18 @@ class EngineLoop:
     max_running: sequences that the engine has at a time; the others wait here, in order, untouched by any weights.
     cache_salt: set from inside a `call`; requests admitted from then on share cached prefixes with one another only.
     request_options: what else the engine is told of each request; set in the same way.
+    held: set from inside a `call`; while true no step is taken, what runs and what comes waits.
     """
 
     def __init__(self, engine: Any, *, max_running: int = sys.maxsize) -> None:
         self.cache_salt: str | None = None
         self.request_options: dict[str, Any] = {}
+        self.held = False
         self._engine = engine
         self._max_running = max_running
         self._inbox: queue.SimpleQueue[list[_Request] | _Call | None] = queue.SimpleQueue()
         self._waiting = deque[_Request]()
-        self._held = deque[_Call]()  # calls that wait for the last running sequence: until then none is admitted
+        self._draining = deque[_Call]()  # calls that wait for the last running sequence: until then none is admitted
         self._running: dict[str, Future[Any]] = {}
         self._num_requests = 0
         self._fault: BaseException | None = None
@@ -107,22 +109,22 @@ class EngineLoop:
             self._fail_all(fault)
 
     def _drain_inbox(self) -> bool:
-        """Take what has arrived, waiting if nothing runs; false when asked to stop."""
-        while not (self._inbox.empty() and self._running):
+        """Take what has arrived, waiting if nothing runs or may run; false when asked to stop."""
+        while self.held or not (self._inbox.empty() and self._running):
             item = self._inbox.get()
             if item is None:
                 return False
             if isinstance(item, list):
                 self._waiting += item
-            elif item.drained and self._running:
-                self._held.append(item)
+            elif item.drained and self._running and not self.held:  # held: what runs cannot finish
+                self._draining.append(item)
             else:
                 self._answer(item)
             self._admit_waiting()
         return True
 
     def _admit_waiting(self) -> None:
-        while self._waiting and not self._held and len(self._running) < self._max_running:
+        while self._waiting and not self._draining and len(self._running) < self._max_running:
             self._admit(self._waiting.popleft())
 
     def _answer(self, item: _Call) -> None:
@@ -153,15 +155,15 @@ class EngineLoop:
         for output in self._engine.step():
             if output.finished:
                 self._running.pop(output.request_id).set_result(output)
-        while self._held and not self._running:
-            self._answer(self._held.popleft())
+        while self._draining and not self._running:
+            self._answer(self._draining.popleft())
         self._admit_waiting()
 
     def _fail_all(self, fault: BaseException) -> None:
         self._fault = fault
         for done in self._running.values():
             done.set_exception(fault)
-        _refuse([*self._waiting, *self._held], fault)
+        _refuse([*self._waiting, *self._draining], fault)
         self._refuse_waiting(fault)
 
     def _refuse_waiting(self, fault: BaseException) -> None:

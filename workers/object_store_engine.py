@@ -6,9 +6,8 @@ Registered beside vLLM's own `nccl` and `ipc` engines; it serves CPU clusters an
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -17,7 +16,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from workers.weights import WeightManifest, read_tensors
+from workers.weights import Buffers, WeightManifest, read_tensors
 
 BACKEND = "object_store"
 
@@ -32,7 +31,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
     """One whole publication."""
 
     manifest: WeightManifest
-    buffer: npt.NDArray[np.uint8]
+    buffers: Buffers
 
 
 class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
@@ -50,7 +49,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         """Load all tensors; vLLM copies from the read-only views."""
-        self.model.load_weights(read_tensors(update_info.buffer, update_info.manifest))
+        self.model.load_weights(read_tensors(update_info.buffers, update_info.manifest))
 
     def finish_weight_update(self) -> None:
         """Pack the layers again, and the tied head, which vLLM's reload leaves at its old values on CPU."""
@@ -72,14 +71,48 @@ def repack_tied_head(model: torch.nn.Module, device: torch.device) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def update_engine(engine: Any, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
-    """Give an engine built with this backend all tensors of a publication, between two of its steps.
+def update_engine(engine: Any, manifest: WeightManifest, buffers: Buffers) -> None:
+    """Give an engine, whichever its backend, all tensors of a publication, between two of its steps.
 
     Prefixes cached under the old weights stay cached: what is asked from now on needs another salt.
     """
+    engine.collective_rpc(_load, args=(manifest, buffers))
+
+
+def receive(engine: Any, update_info: Any) -> None:
+    """Have an engine take a whole version through its own backend, between two of its steps."""
     engine.collective_rpc("start_weight_update")
-    engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": manifest, "buffer": buffer}})
+    engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
     engine.collective_rpc("finish_weight_update")
+
+
+def clear_partial_load(engine: Any) -> None:
+    """Drop what an update that failed midway has left: layers that wait for their other half would take the old one.
+
+    Weights are those of two versions afterwards, and a new update finds every layer as an update expects it.
+    """
+    engine.collective_rpc(_clear_partial_load)
+
+
+def _load(wrapper: Any, manifest: WeightManifest, buffers: Buffers) -> None:
+    worker = wrapper.worker
+    native = worker.weight_transfer_engine
+    if not isinstance(native, ObjectStoreWeightTransferEngine):  # of a worker that missed a version: see `catch_up`
+        worker.weight_transfer_engine = ObjectStoreWeightTransferEngine(
+            native.config, worker.vllm_config, worker.device, native.model
+        )
+    try:
+        worker.start_weight_update()
+        worker.update_weights({"manifest": manifest, "buffers": buffers})
+        worker.finish_weight_update()
+    finally:
+        worker.weight_transfer_engine = native
+
+
+def _clear_partial_load(wrapper: Any) -> None:
+    engine = wrapper.worker.weight_transfer_engine
+    with set_current_vllm_config(wrapper.worker.vllm_config):
+        finalize_layerwise_reload(engine.model, engine.model_config)
 
 
 def register() -> None:

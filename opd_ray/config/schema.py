@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from opd_ray.config.objective import ObjectiveConfig
-from opd_ray.config.services import ClusterConfig, TrackingConfig
+from opd_ray.config.services import ClusterConfig, EvalConfig, TrackingConfig
 from opd_ray.config.student import LoraConfig
 from opd_ray.config.teacher import (
     AlignmentKind,
@@ -19,6 +19,7 @@ from opd_ray.config.teacher import (
     TeacherKind,
     check_context,
 )
+from opd_ray.config.weight_sync import WeightSync
 
 
 class ResumePolicy(StrEnum):
@@ -210,6 +211,7 @@ class RolloutConfig:
     num_workers: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    weight_sync: WeightSync = WeightSync.auto
     engine_args: dict[str, Any] = field(default_factory=dict)  # passed to vLLM untouched
 
     def __post_init__(self) -> None:
@@ -250,18 +252,6 @@ class LearnerConfig:
         _require(self.warmup_steps >= 0, "learner.warmup_steps", self.warmup_steps, "an integer of at least 0")
         limit = self.max_tokens_per_micro_batch
         _require(limit >= 1, "learner.max_tokens_per_micro_batch", limit, "an integer of at least 1")
-
-
-@dataclass(kw_only=True, slots=True)
-class EvalConfig:
-    """Held-out evaluation of the student."""
-
-    num_prompts: int = 64
-    samples_per_prompt: int = 4  # the k of avg@k
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "samples_per_prompt"):
-            _require(getattr(self, name) >= 1, f"eval.{name}", getattr(self, name), "an integer of at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The configuration of what a run uses besides its models: the Ray cluster, and where metrics go."""
+"""The configuration of what a run uses besides its models: the Ray cluster, its evaluation, where metrics go."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +21,20 @@ class ClusterConfig:
     may_grow: bool = False  # an autoscaler adds nodes: a run larger than the cluster waits instead of being refused
     sleep: bool = False  # engines that share one GPU with the learner give their memory back while it updates
     threads_per_worker: int = 0  # CPU threads of torch in each worker; 0: torch's own choice
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out evaluation of the student."""
+
+    num_prompts: int = 64
+    samples_per_prompt: int = 4  # the k of avg@k
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "samples_per_prompt"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"eval.{name}={value}: expected an integer of at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,11 +16,23 @@ from opd_ray.config.schema import Config, DataKind
 from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of, verifier_name
+from opd_ray.weight_sync import chosen_sync
 
 
 def validate(config: Config) -> None:
     """Raise ValueError for the first rule the configuration breaks."""
-    for rule in (_modes, _data, _self_teachers, _sampling, _objective, _cache, _batch, _micro_batch, check_devices):
+    for rule in (
+        _modes,
+        _data,
+        _self_teachers,
+        _sampling,
+        _objective,
+        _cache,
+        _batch,
+        _micro_batch,
+        check_devices,
+        chosen_sync,
+    ):
         rule(config)
 
 

@@ -40,9 +40,13 @@ class SlowRolloutWorker(RolloutWorker):
         await asyncio.sleep(_delay_s())
         return await super().generate(*request)
 
-    async def load(self, *weights: Any) -> float:
+    async def prepare(self, *weights: Any) -> None:
         await asyncio.sleep(_delay_s())
-        return await super().load(*weights)
+        await super().prepare(*weights)
+
+    async def commit(self, *version: Any) -> None:
+        await asyncio.sleep(_delay_s())
+        await super().commit(*version)
 
 
 class SlowTeacher(TeacherActor):

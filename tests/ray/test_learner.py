@@ -34,6 +34,7 @@ from workers.learner.objective import ObjectiveSetup
 from workers.placement import pools
 from workers.reservation import reserve
 from workers.support_codec import pack_support
+from workers.sync.choose import SyncPlan
 from workers.weights import read_tensors
 
 pytestmark = pytest.mark.ray
@@ -115,6 +116,7 @@ def _open_learner(config: Config, log_dir: Path) -> RayLearner:
             loss_weights={},
         ),
         "num_steps": config.num_steps,
+        "sync": SyncPlan.of(config),
     }
     learner = RayLearner(config=config.learner, berth=berth, arguments=arguments)
     learner.wait_ready()

@@ -16,10 +16,11 @@ from opd_ray.config.student import LoraConfig
 from opd_ray.data.lora import adapter_parameters, add_adapters
 from opd_ray.protocol import GenerateRequest, SamplingOptions, TrajectoryGroup
 from workers.rollout.worker import RolloutWorker, logprob_args
-from workers.weights import LoraSpec, WeightManifest, plan_manifest, write_tensor
+from workers.weights import Buffers, LoraSpec, WeightManifest, published
 
 pytestmark = pytest.mark.ray
 
+_FIRST = {"step": 0, "position": 0}
 _ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
 
 
@@ -44,7 +45,9 @@ def _request(*, version: int, seed: int = 0, max_response_tokens: int = 12) -> G
         support_size=0,
         support_top_p=1.0,
     )
-    return GenerateRequest(prompt=make_prompt(1, 2, 3, 4, 5), sampling=options, version=version, seed=seed)
+    return GenerateRequest(
+        prompt=make_prompt(1, 2, 3, 4, 5), sampling=options, version=version, seed=seed, step=0, position=0
+    )
 
 
 def _set_adapters(model: torch.nn.Module, *, version: int) -> None:
@@ -55,17 +58,17 @@ def _set_adapters(model: torch.nn.Module, *, version: int) -> None:
             parameter.data = torch.randn_like(parameter) * 0.1 * (version > 0)
 
 
-def _publication(
-    model: torch.nn.Module, lora: LoraConfig, *, version: int
-) -> tuple[WeightManifest, npt.NDArray[np.uint8]]:
-    named = list(adapter_parameters(model))
-    shapes = [(name, p.dtype, tuple(p.shape)) for name, p in named]
-    manifest = plan_manifest(shapes, version=version, lora=LoraSpec(rank=lora.rank, alpha=lora.alpha))
-    buffer = np.empty(manifest.num_bytes, dtype=np.uint8)
-    for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
-        write_tensor(buffer, entry, parameter)
-    buffer.flags.writeable = False  # as Ray hands it out
-    return manifest, buffer
+def _publication(model: torch.nn.Module, lora: LoraConfig, *, version: int) -> tuple[WeightManifest, Buffers]:
+    spec = LoraSpec(rank=lora.rank, alpha=lora.alpha)
+    manifest, buffers = published(adapter_parameters(model), version=version, lora=spec)
+    for buffer in buffers:
+        buffer.flags.writeable = False  # as Ray hands it out
+    return manifest, buffers
+
+
+async def _load(worker: RolloutWorker, manifest: WeightManifest, buffers: Buffers) -> None:
+    await worker.prepare(manifest, buffers)
+    await worker.commit(manifest.version)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +87,11 @@ def test_each_published_adapter_is_what_is_sampled_from_and_version_0_is_the_bas
         worker = _worker(folder, lora)
         for version in range(3):
             _set_adapters(model, version=version)
-            manifest, buffer = _publication(model, lora, version=version)
-            before = buffer.copy()
-            await worker.load(manifest, buffer)
-            np.testing.assert_array_equal(buffer, before)
+            manifest, buffers = _publication(model, lora, version=version)
+            before = [buffer.copy() for buffer in buffers]
+            await _load(worker, manifest, buffers)
+            for buffer, earlier in zip(buffers, before, strict=True):
+                np.testing.assert_array_equal(buffer, earlier)
             _, group = await worker.generate(_request(version=version, seed=version))
             truth_N = sampled(reference_logprobs(model, group), group).detach().numpy()
             base_N = sampled(reference_logprobs(base, group), group).detach().numpy()
@@ -111,13 +115,13 @@ def test_running_sequences_go_on_under_each_new_adapter_and_every_token_names_th
     async def scenario() -> TrajectoryGroup:
         worker = _worker(folder, lora)
         _set_adapters(model, version=0)
-        await worker.load(*_publication(model, lora, version=0))
+        await _load(worker, *_publication(model, lora, version=0))
         running = asyncio.create_task(worker.generate(_request(version=0, max_response_tokens=96)))
         for version in count(1):
             if running.done():
                 break
             _set_adapters(model, version=version)
-            await worker.load(*_publication(model, lora, version=version))
+            await _load(worker, *_publication(model, lora, version=version))
         return (await running)[1]
 
     group = asyncio.run(scenario())

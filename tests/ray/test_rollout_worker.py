@@ -14,7 +14,7 @@ from opd_ray.config.schema import Dtype, RolloutConfig
 from opd_ray.protocol import GenerateRequest, GroupSummary, SamplingOptions, TrajectoryGroup
 from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
-from workers.weights import plan_manifest, write_tensor
+from workers.weights import published
 
 pytestmark = pytest.mark.ray
 
@@ -37,13 +37,8 @@ def _request(*, version: int, seed: int = 0, **sampling: Any) -> GenerateRequest
 
 
 async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int, turn: Turn | None = None) -> None:
-    named = list(model.named_parameters())
-    manifest = plan_manifest(((name, p.dtype, tuple(p.shape)) for name, p in named), version=version)
-    buffer = np.empty(manifest.num_bytes, dtype=np.uint8)
-    for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
-        write_tensor(buffer, entry, parameter)
-    buffer.flags.writeable = False  # as Ray hands it out
-    await worker.load(manifest, buffer, turn)
+    await worker.prepare(*published(model.named_parameters(), version=version), turn)
+    await worker.commit(version)
 
 
 async def _generate(worker: RolloutWorker, *requests: GenerateRequest) -> list[tuple[GroupSummary, TrajectoryGroup]]:

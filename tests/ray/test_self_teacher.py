@@ -19,7 +19,7 @@ from opd_ray.config.teacher import SelfTeacherConfig, SelfUpdate, TeacherKind
 from opd_ray.protocol import Float32, HiddenScore, Payload, SampledScore, ScoreRequest, TrajectoryGroup
 from workers.output_head import load_head
 from workers.teacher.actor import TeacherActor
-from workers.weights import WeightManifest, plan_manifest, write_tensor
+from workers.weights import published
 
 pytestmark = pytest.mark.ray
 
@@ -57,17 +57,6 @@ def _truth_NV(model: torch.nn.Module, group: TrajectoryGroup, *, prompt_ids: npt
     """Return log-probs over the common vocabulary of the tokens behind a prompt, from plain transformers."""
     logprobs_NV = reference_logprobs(model, replace(group, prompt_ids=prompt_ids)).detach()
     return logprobs_NV[:, :30].log_softmax(-1)
-
-
-def _publish(model: torch.nn.Module, *, version: int) -> tuple[WeightManifest, npt.NDArray[np.uint8]]:
-    """Publish a model as a learner rank does."""
-    named = list(model.named_parameters())
-    manifest = plan_manifest([(name, p.dtype, tuple(p.shape)) for name, p in named], version=version)
-    buffer = np.empty(manifest.num_bytes, dtype=np.uint8)
-    for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
-        write_tensor(buffer, entry, parameter)
-    buffer.flags.writeable = False
-    return manifest, buffer
 
 
 def _mean(first: torch.nn.Module, second: torch.nn.Module) -> torch.nn.Module:
@@ -115,15 +104,15 @@ def test_an_average_scores_as_the_model_of_averaged_weights_does(model_folder: A
     async def scenario() -> None:
         half = _ema(folders[0], decay=0.5)
         np.testing.assert_allclose(await _sampled(half, _GROUP), truth(before), atol=1e-5)
-        await half.follow(*_publish(before, version=0))
+        await half.follow(*published(before.named_parameters(), version=0))
         np.testing.assert_allclose(await _sampled(half, _GROUP), truth(before), atol=1e-5)
-        await half.follow(*_publish(after, version=1))
+        await half.follow(*published(after.named_parameters(), version=1))
         np.testing.assert_allclose(await _sampled(half, _GROUP), truth(_mean(before, after)), atol=1e-4)
         await half.save(path)
 
         current = _ema(folders[0], decay=0.0)
-        await current.follow(*_publish(before, version=0))
-        await current.follow(*_publish(after, version=1))
+        await current.follow(*published(before.named_parameters(), version=0))
+        await current.follow(*published(after.named_parameters(), version=1))
         np.testing.assert_allclose(await _sampled(current, _GROUP), truth(after), atol=1e-5)
         await current.restore(path)
         np.testing.assert_allclose(await _sampled(current, _GROUP), truth(_mean(before, after)), atol=1e-4)

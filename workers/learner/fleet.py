@@ -13,6 +13,7 @@ from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightB
 from workers.fleet import Berth, kill, spawn
 from workers.learner.report import RankBatch, combine_updates, estimate_name, teacher_metrics
 from workers.learner.worker import LearnerWorker
+from workers.sync.choose import SyncPlan
 
 
 class RayLearner:
@@ -31,6 +32,8 @@ class RayLearner:
         self._objective = arguments["objective"].config
         self._ranks = spawn(worker_class, berth=berth, arguments={"config": config, **arguments}, concurrent=False)
         self._set_up = self._start_ranks(local=berth.local)
+        self._sync: SyncPlan = arguments["sync"]
+        self._local = berth.local
         self._version = 0
 
     def wait_ready(self) -> None:
@@ -76,7 +79,14 @@ class RayLearner:
         pairs = [rank.publish.options(num_returns=2).remote(version) for rank in self._ranks]
         manifest, buffer = pairs[0]
         self._version = version
-        return WeightBundle(version=version, manifest=manifest, buffer=buffer)
+        senders = tuple(self._ranks) if self._sync.sends else ()
+        return WeightBundle(version=version, manifest=manifest, buffer=buffer, senders=senders)
+
+    def connect(self, workers: Sequence[Any]) -> None:
+        """Have the ranks meet the rollout workers, where they write into them; blocks until they have."""
+        if self._sync.sends:
+            address, port = ray.get(self._ranks[0].rendezvous.remote(local=self._local))
+            ray.get([rank.connect.remote(workers, address, port) for rank in self._ranks])
 
     def save(self, folder: str) -> None:
         """Write a checkpoint of all ranks."""

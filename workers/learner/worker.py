@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from ray.util import get_node_ip_address
 
@@ -25,7 +23,9 @@ from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
 from workers.output_head import load_head
-from workers.weights import LoraSpec, WeightManifest, plan_manifest, write_tensor
+from workers.sync.backend import Publication
+from workers.sync.choose import SyncPlan, open_publisher
+from workers.weights import LoraSpec
 
 
 class LearnerWorker:
@@ -39,6 +39,7 @@ class LearnerWorker:
         config: LearnerConfig,
         objective: ObjectiveSetup,
         num_steps: int,
+        sync: SyncPlan,
         deterministic: bool = False,
         lora: LoraConfig | None = None,
     ) -> None:
@@ -49,6 +50,7 @@ class LearnerWorker:
         self._config = config
         self._objective = objective
         self._num_steps = num_steps
+        self._sync = sync
 
     def rendezvous(self, *, local: bool) -> tuple[str, int]:
         """Return this rank's address and a free port there, for the process group to meet at."""
@@ -95,6 +97,14 @@ class LearnerWorker:
             packing=self._config.packing,
         )
         self._options = objective_options(self._objective)
+        self._publisher = open_publisher(
+            self._model,
+            plan=self._sync,
+            rank=rank,
+            partitioned=self._config.zero_stage == 3,
+            num_updates=lambda: self._engine.global_steps,
+            lora=LoraSpec(rank=self._lora.rank, alpha=self._lora.alpha) if self._lora is not None else None,
+        )
 
     def update(self, batch: RankBatch, *groups_and_scores: Any) -> RankReport:
         """Take one optimizer step on this rank's groups, followed by as many scores."""
@@ -149,21 +159,21 @@ class LearnerWorker:
             num_tokens += sum(int(s.kept.sum()) for s in micro_batch)
         return total, num_tokens
 
-    def publish(self, version: int) -> tuple[WeightManifest | None, npt.NDArray[np.uint8] | None]:
-        """Return all weights, or the adapters alone, in one buffer.
+    def connect(self, workers: Sequence[Any], address: str, port: int) -> None:
+        """Meet the rollout workers, where weights do not travel through the object store."""
+        self._publisher.connect(workers, address=address, port=port)
 
-        That is rank 0; the others help to gather and return nothing.
-        """
-        named = self._published()
-        shapes = [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
-        lora = LoraSpec(rank=self._lora.rank, alpha=self._lora.alpha) if self._lora is not None else None
-        manifest = plan_manifest(shapes, version=version, lora=lora)
-        buffer = np.empty(manifest.num_bytes, dtype=np.uint8) if self._rank == 0 else None
-        for entry, (_, parameter) in zip(manifest.entries, named, strict=True):
-            with self._gathered([parameter]):
-                if buffer is not None:
-                    write_tensor(buffer, entry, parameter)
-        return (manifest, buffer) if buffer is not None else (None, None)
+    def publish(self, version: int) -> Publication:
+        """Give the current weights a version (rank 0; the others help to gather and return nothing)."""
+        return self._publisher.publish(version)
+
+    def send(self, version: int) -> None:
+        """Write the published version into the rollout workers, who have prepared it."""
+        self._publisher.send(version)
+
+    def store(self, version: int) -> Publication:
+        """Return the version last published with its bytes, for a rollout worker that missed it."""
+        return self._publisher.store(version)
 
     def save(self, folder: str) -> None:
         """Write this rank's part of a DeepSpeed checkpoint; weights under adapters are left out, they never change."""
@@ -177,7 +187,8 @@ class LearnerWorker:
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0); adapters merged in, and by themselves in `adapter`."""
-        with self._gathered([parameter for _, parameter in self._published()]):
+        named = self._model.named_parameters() if self._lora is None else adapter_parameters(self._model)
+        with self._gathered([parameter for _, parameter in named]):
             if self._rank == 0:
                 self._save_model(folder)
                 self._tokenizer().save_pretrained(folder)
@@ -194,10 +205,6 @@ class LearnerWorker:
     @property
     def _model(self) -> Any:
         return self._engine.module.model
-
-    def _published(self) -> list[tuple[str, Any]]:
-        """Return what a version of the student consists of: all its weights, or its adapters, by name."""
-        return list(self._model.named_parameters() if self._lora is None else adapter_parameters(self._model))
 
     def _gathered(self, parameters: list[Any]) -> Any:
         import deepspeed

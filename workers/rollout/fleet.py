@@ -14,6 +14,7 @@ from opd_ray.protocol import GenerateRequest, GroupHandle, GroupSummary, Metrics
 from workers.fleet import Berth, kill, spawn
 from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
+from workers.sync.deliver import catch_up, deliver
 
 
 class RayRolloutFleet:
@@ -42,6 +43,12 @@ class RayRolloutFleet:
         self._deterministic = deterministic
         self._unfinished: list[list[Any]] = [[] for _ in self._workers]  # summaries of each worker's groups
         self._num_turns = [0] * len(self._workers)
+        self._weights: WeightBundle | None = None  # the last version, for workers that miss it
+
+    @property
+    def workers(self) -> Sequence[Any]:
+        """Return the actors, for a learner that writes into them."""
+        return self._workers
 
     def wait_ready(self) -> None:
         """Block until every engine is built."""
@@ -65,16 +72,16 @@ class RayRolloutFleet:
         return handles
 
     def load(self, weights: WeightBundle) -> Metrics:
-        """Give every worker a new version; blocks until all hold it."""
+        """Give every worker a new version, or none when one cannot take it; blocks until all hold it."""
         start = time.perf_counter()
-        turns = [self._next_turn(index) if self._deterministic else None for index in range(len(self._workers))]
-        seconds = ray.get(
-            [
-                worker.load.remote(weights.manifest, weights.buffer, turn)
-                for worker, turn in zip(self._workers, turns, strict=True)
-            ]
-        )
-        return {"time/publish_s": time.perf_counter() - start, "time/load_s": max(seconds)}
+        turns = [self._next_turn(index) for index in range(len(self._workers))] if self._deterministic else None
+        seconds = deliver(self._workers, weights, turns)
+        self._weights = weights
+        return {"time/publish_s": time.perf_counter() - start, "time/load_s": seconds}
+
+    def catch_up(self) -> int:
+        """Give the last version to workers that do not hold it; return how many that were."""
+        return 0 if self._weights is None else catch_up(self._workers, self._weights)
 
     def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
         """Wait for groups and return their summaries, in order."""

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
@@ -28,9 +27,11 @@ from opd_ray.protocol import (
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
 from workers.engine_sleep import DISCARD_WEIGHTS, KEEP_WEIGHTS, fall_asleep, wake_up
-from workers.rollout.adapter import adapter_args, adapter_request, load_adapters
 from workers.rollout.turns import Turn, Turns
-from workers.weights import WeightManifest
+from workers.sync.adapter import adapter_args
+from workers.sync.choose import ENGINES
+from workers.sync.receiver import Receiver
+from workers.weights import Buffers, WeightManifest
 
 _MAX_TEXT_CHARACTERS = 4000
 _NO_VERSION = -2  # older than any request asks for: nothing is served
@@ -66,15 +67,16 @@ class RolloutWorker:
             "disable_log_stats": True,
             **logprob_args,
             **adapter_args(lora),
-            "weight_transfer_config": WeightTransferConfig(backend=object_store_engine.BACKEND),
+            "weight_transfer_config": WeightTransferConfig(backend=ENGINES[config.weight_sync]),
             **({} if config.gpus_per_worker else CPU_ENGINE_ARGS),
             **config.engine_args,
         }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self._engine.set_weight_version("-1")
         self._tokenizer = self._engine.get_tokenizer()
         self._loop = EngineLoop(self._engine, max_running=self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self._receiver = Receiver(self._engine, self._loop, lora=lora)
         self._turns = Turns(self._loop)
+        self._turn: Turn | None = None  # of the prepared version
         self._sleep_level = DISCARD_WEIGHTS if lora is None else KEEP_WEIGHTS
         self._update_in_flight = config.update_in_flight
         self._version = -1
@@ -84,20 +86,34 @@ class RolloutWorker:
         """Answer once the engine is built."""
         return True
 
-    async def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8], turn: Turn | None = None) -> float:
-        """Take a published version between two engine steps; return the seconds it took.
+    async def held_version(self) -> int:
+        """Return the version of the weights; -1 before the first, while asleep, and while they are parts of two."""
+        return self._receiver.version
+
+    async def prepare(self, manifest: WeightManifest, buffers: Buffers | None, turn: Turn | None = None) -> None:
+        """Check a published version and hold it beside the one that is served. Raises ValueError.
+
+        turn: the place of its commit in the canonical order.
+        """
+        await asyncio.wrap_future(self._loop.call(lambda: self._receiver.prepare(manifest, buffers)))
+        self._turn = turn
+
+    async def commit(self, version: int, update_info: Any = None) -> None:
+        """Take the prepared version between two engine steps.
 
         Running sequences go on under it, or with rollout.update_in_flight=false are let finish first.
         """
-        start = time.perf_counter()
-        async with nullcontext() if turn is None else self._turns.alone(turn.number):
+        async with nullcontext() if self._turn is None else self._turns.alone(self._turn.number):
             await asyncio.wrap_future(
-                self._loop.call(lambda: self._apply(manifest, buffer), drained=not self._update_in_flight)
+                self._loop.call(lambda: self._receiver.commit(version, update_info), drained=not self._update_in_flight)
             )
             async with self._version_changed:
-                self._version = manifest.version
+                self._version = version
                 self._version_changed.notify_all()
-        return time.perf_counter() - start
+
+    async def join(self, init_info: dict[str, Any]) -> None:
+        """Meet the learner where vLLM's own weight transfer needs that."""
+        await asyncio.wrap_future(self._loop.call(lambda: self._receiver.join(init_info)))
 
     async def sleep(self) -> None:
         """Give the GPU's memory back; no `generate` may be under way. Nothing is served until a version is loaded.
@@ -107,6 +123,7 @@ class RolloutWorker:
         """
         async with self._version_changed:
             self._version = _NO_VERSION
+        self._receiver.forget()
         await asyncio.wrap_future(self._loop.call(lambda: fall_asleep(self._engine, level=self._sleep_level)))
 
     async def wake(self) -> None:
@@ -139,17 +156,6 @@ class RolloutWorker:
             (request.prompt.ids_P, sampling_params(request.sampling, seed=derive_seed(request.seed, sample)))
             for sample in range(request.sampling.num_samples)
         ]
-
-    def _apply(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
-        from workers.object_store_engine import update_engine
-
-        if manifest.lora is not None:
-            load_adapters(self._engine, manifest, buffer)
-            self._loop.request_options = {"lora_request": adapter_request()}
-        else:
-            update_engine(self._engine, manifest, buffer)
-        self._engine.set_weight_version(str(manifest.version))
-        self._loop.cache_salt = str(manifest.version)  # prefixes cached under the old weights are not for the new
 
     def _summarise(
         self, request: GenerateRequest, group: TrajectoryGroup, *, text: str, seconds: float

@@ -8,9 +8,6 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from opd_ray.config.schema import TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.byte_aligner import ByteAligner
@@ -23,7 +20,7 @@ from workers.teacher.http import HttpTeacherWorker
 from workers.teacher.recorded import RecordedTeacher
 from workers.teacher.score_checks import check_score
 from workers.teacher.worker import TeacherWorker
-from workers.weights import WeightManifest
+from workers.weights import Buffers, WeightManifest
 
 _LOG = logging.getLogger(__name__)
 _MORE_TEACHER_TOKENS = 2  # room for a teacher whose tokenizer cuts the same text into more tokens
@@ -100,9 +97,9 @@ class TeacherActor:
         if self._engine is not None:
             await self._engine.wake()
 
-    async def follow(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
+    async def follow(self, manifest: WeightManifest, buffers: Buffers) -> float:
         """Take a published version of the student into the average; return the seconds it took."""
-        return await self._ema().follow(manifest, buffer)
+        return await self._ema().follow(manifest, buffers)
 
     async def save(self, path: str) -> None:
         """Write the averaged weights to a safetensors file."""

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from opd_ray.protocol import Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from workers.teacher.aligned import Scorer
-from workers.weights import WeightManifest, plan_manifest, read_tensors
+from workers.weights import Buffers, WeightManifest, plan_manifest, read_tensors
 
 _VERSION = "version"  # key in the file's metadata
 
@@ -24,31 +23,31 @@ _VERSION = "version"  # key in the file's metadata
 class LoadableScorer(Scorer, Protocol):
     """A teacher worker whose weights can be changed while no `score` is under way."""
 
-    async def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
+    async def load(self, manifest: WeightManifest, buffers: Buffers) -> None:
         """Take all weights of a publication."""
         ...
 
 
 class EmaWeights:
-    """mean <- decay * mean + (1 - decay) * student, in float32, in one buffer as publications are."""
+    """mean <- decay * mean + (1 - decay) * student, in float32, in buffers as publications are."""
 
     def __init__(self, *, decay: float) -> None:
         self.manifest: WeightManifest | None = None  # None: nothing taken yet
-        self.buffer = np.empty(0, dtype=np.uint8)
+        self.buffers: Buffers = ()
         self._decay = decay
 
-    def take(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> bool:
+    def take(self, manifest: WeightManifest, buffers: Buffers) -> bool:
         """Take a published version into the average, the first as it is; return whether anything changed.
 
         A version that the average has seen is not taken again: a resumed run publishes it once more.
         """
         if self.manifest is None:
-            self._hold(read_tensors(buffer, manifest), version=manifest.version)
+            self._hold(read_tensors(buffers, manifest), version=manifest.version)
             return True
         if manifest.version <= self.manifest.version:
             return False
-        student = dict(read_tensors(buffer, manifest))
-        for name, mean in read_tensors(self.buffer, self.manifest):
+        student = dict(read_tensors(buffers, manifest))
+        for name, mean in read_tensors(self.buffers, self.manifest):
             mean.lerp_(student[name].float(), 1 - self._decay)
         self.manifest = replace(self.manifest, version=manifest.version)
         return True
@@ -56,7 +55,7 @@ class EmaWeights:
     def save(self, path: str) -> None:
         """Write the average to a safetensors file."""
         assert self.manifest is not None
-        tensors = dict(read_tensors(self.buffer, self.manifest))
+        tensors = dict(read_tensors(self.buffers, self.manifest))
         save_file(tensors, path, metadata={_VERSION: str(self.manifest.version)})
 
     def restore(self, path: str) -> None:
@@ -74,8 +73,8 @@ class EmaWeights:
         tensors = dict(named)
         shapes = [(name, torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()]
         self.manifest = plan_manifest(shapes, version=version)
-        self.buffer = np.zeros(self.manifest.num_bytes, dtype=np.uint8)
-        for name, mean in read_tensors(self.buffer, self.manifest):
+        self.buffers = tuple(np.empty(entry.num_bytes, dtype=np.uint8) for entry in self.manifest.entries)
+        for name, mean in read_tensors(self.buffers, self.manifest):
             mean.copy_(tensors[name])
 
 
@@ -105,11 +104,11 @@ class EmaTeacher:
                 self._num_scoring -= 1
                 self._changed.notify_all()
 
-    async def follow(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> float:
+    async def follow(self, manifest: WeightManifest, buffers: Buffers) -> float:
         """Take a published version of the student into the average; return the seconds it took, waiting included."""
         start = time.perf_counter()
         async with self._alone():
-            if await asyncio.to_thread(self._weights.take, manifest, buffer):
+            if await asyncio.to_thread(self._weights.take, manifest, buffers):
                 await self._load()
         return time.perf_counter() - start
 
@@ -126,7 +125,7 @@ class EmaTeacher:
 
     async def _load(self) -> None:
         assert self._weights.manifest is not None
-        await self._worker.load(self._weights.manifest, self._weights.buffer)
+        await self._worker.load(self._weights.manifest, self._weights.buffers)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from opd_ray.config.schema import TeacherConfig
@@ -23,7 +22,7 @@ from workers.teacher.checks import check_ids
 from workers.teacher.head import TeacherHead
 from workers.teacher.messages import build_score, num_bytes
 from workers.teacher.rows import response_states
-from workers.weights import WeightManifest, read_tensors
+from workers.weights import Buffers, WeightManifest, read_tensors
 
 
 class TeacherWorker:
@@ -136,7 +135,7 @@ class TeacherWorker:
         )
         return summary, score
 
-    async def load(self, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
+    async def load(self, manifest: WeightManifest, buffers: Buffers) -> None:
         """Take all weights of a publication, the head too; no `score` may be under way.
 
         No later group reads keys of the old weights: every group has a salt of its own. Only for a teacher that
@@ -144,8 +143,8 @@ class TeacherWorker:
         """
         from workers.object_store_engine import update_engine
 
-        await asyncio.wrap_future(self._loop.call(lambda: update_engine(self._engine, manifest, buffer)))
-        head_RD = head_of(dict(read_tensors(buffer, manifest)))
+        await asyncio.wrap_future(self._loop.call(lambda: update_engine(self._engine, manifest, buffers)))
+        head_RD = head_of(dict(read_tensors(buffers, manifest)))
         self._head = self._make_head(head_RD.to(self._device, self._dtype, copy=True))
         self._expected = None
 

@@ -9,45 +9,44 @@ from groups import make_group
 
 from opd_ray.protocol import Payload, SampledScore, Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from workers.teacher.ema import EmaTeacher, EmaWeights
-from workers.weights import WeightManifest, plan_manifest, read_tensors, write_tensor
+from workers.weights import Buffers, WeightManifest, published, read_tensors
 
 GROUP = make_group([1], [2, 3])
 REQUEST = ScoreRequest(payload=Payload.sampled)
 SHAPES = {"a": (3, 2), "b": (5,)}
 
 
-def publish(version: int, *, seed: int, dtype: torch.dtype = torch.float32) -> tuple[WeightManifest, np.ndarray]:
+def publish(version: int, *, seed: int, dtype: torch.dtype = torch.float32) -> tuple[WeightManifest, Buffers]:
     """Return a publication of random tensors, read-only as Ray's are."""
     generator = torch.Generator().manual_seed(seed)
-    manifest = plan_manifest([(name, dtype, shape) for name, shape in SHAPES.items()], version=version)
-    buffer = np.empty(manifest.num_bytes, dtype=np.uint8)
-    for entry in manifest.entries:
-        write_tensor(buffer, entry, torch.randn(entry.shape, generator=generator).to(dtype))
-    buffer.flags.writeable = False
-    return manifest, buffer
+    named = [(name, torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()]
+    manifest, buffers = published(named, version=version)
+    for buffer in buffers:
+        buffer.flags.writeable = False
+    return manifest, buffers
 
 
-def tensors(published: tuple[WeightManifest, np.ndarray]) -> dict[str, torch.Tensor]:
-    manifest, buffer = published
-    return {name: tensor.double() for name, tensor in read_tensors(buffer, manifest)}
+def tensors(publication: tuple[WeightManifest, Buffers]) -> dict[str, torch.Tensor]:
+    manifest, buffers = publication
+    return {name: tensor.double() for name, tensor in read_tensors(buffers, manifest)}
 
 
 def mean(weights: EmaWeights) -> dict[str, torch.Tensor]:
     assert weights.manifest is not None
-    return tensors((weights.manifest, weights.buffer))
+    return tensors((weights.manifest, weights.buffers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 1.0])
 def test_after_n_updates_the_average_is_the_closed_form(decay: float, dtype: torch.dtype) -> None:
-    published = [publish(version, seed=version, dtype=dtype) for version in range(6)]
+    versions = [publish(version, seed=version, dtype=dtype) for version in range(6)]
     weights = EmaWeights(decay=decay)
-    for one in published:
+    for one in versions:
         assert weights.take(*one)
-    last = len(published) - 1
+    last = len(versions) - 1
     factors = [decay**last, *((1 - decay) * decay ** (last - i) for i in range(1, last + 1))]
     for name in SHAPES:
-        expected = sum(f * tensors(one)[name] for f, one in zip(factors, published, strict=True))
+        expected = sum(f * tensors(one)[name] for f, one in zip(factors, versions, strict=True))
         torch.testing.assert_close(mean(weights)[name], expected, atol=1e-6, rtol=0)
     assert weights.manifest is not None
     assert weights.manifest.version == last
@@ -56,11 +55,11 @@ def test_after_n_updates_the_average_is_the_closed_form(decay: float, dtype: tor
 
 @pytest.mark.parametrize(("decay", "kept"), [(0.0, 1), (1.0, 0)])
 def test_without_decay_it_is_the_newest_student_and_with_decay_one_the_first_to_the_bit(decay: float, kept: int):
-    published = [publish(0, seed=1), publish(1, seed=2)]
+    versions = [publish(0, seed=1), publish(1, seed=2)]
     weights = EmaWeights(decay=decay)
-    for one in published:
+    for one in versions:
         weights.take(*one)
-    for name, tensor in tensors(published[kept]).items():
+    for name, tensor in tensors(versions[kept]).items():
         assert torch.equal(mean(weights)[name], tensor)
 
 
@@ -114,8 +113,8 @@ class SlowWorker:
         score = SampledScore(logprobs_N=np.zeros(num_tokens, dtype=np.float32))
         return ScoreSummary(num_tokens=num_tokens, num_bytes=4 * num_tokens, score_s=0.0, dropped_mass_sum=0.0), score
 
-    async def load(self, manifest: WeightManifest, buffer: np.ndarray) -> None:
-        assert buffer.nbytes == manifest.num_bytes
+    async def load(self, manifest: WeightManifest, buffers: Buffers) -> None:
+        assert sum(buffer.nbytes for buffer in buffers) == manifest.num_bytes
         assert self.num_scoring == 0
         await asyncio.sleep(0)
         self.version = manifest.version

@@ -276,3 +276,19 @@ def test_a_stop_ends_the_thread_and_fails_what_still_runs_and_what_comes_later()
 )
 def test_a_model_cut_over_processes_needs_an_executor_that_starts_them(engine_args: dict[str, object], expected: str):
     assert executor(engine_args) == expected
+
+
+def test_a_held_loop_takes_calls_and_requests_but_no_step_until_it_is_let_go():
+    engine = FakeEngine()
+    with loop_on(engine) as loop:
+
+        def hold(held: bool) -> None:
+            loop.held = held
+
+        answer(loop.call(lambda: hold(True)))
+        waiting = loop.submit(ids(1), 1)
+        answer(loop.call(lambda: None))
+        assert engine.events == [("add", [1])]
+        assert not waiting.done()
+        answer(loop.call(lambda: hold(False)))
+        assert answer(waiting).finished

@@ -5,11 +5,8 @@ vLLM is imported when an engine is built: the driver needs the names only.
 
 from typing import Any, get_args
 
-import numpy as np
-import numpy.typing as npt
-
 from opd_ray.config.student import LoraConfig
-from workers.weights import WeightManifest, read_tensors
+from workers.weights import Buffers, WeightManifest, read_tensors
 
 _ID = 1  # of the slot; vLLM counts from 1
 
@@ -34,12 +31,12 @@ def adapter_request() -> Any:
     return LoRARequest(lora_name="student", lora_int_id=_ID, lora_path="published, never read from disk")
 
 
-def load_adapters(engine: Any, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
+def load_adapters(engine: Any, manifest: WeightManifest, buffers: Buffers) -> None:
     """Put a publication of adapters into the engine's slot, between two of its steps; running sequences go on."""
-    engine.collective_rpc(_replace, args=(manifest, buffer))
+    engine.collective_rpc(_replace, args=(manifest, buffers))
 
 
-def _replace(worker: Any, manifest: WeightManifest, buffer: npt.NDArray[np.uint8]) -> None:
+def _replace(worker: Any, manifest: WeightManifest, buffers: Buffers) -> None:
     """Do in one of vLLM's processes what its `add_lora` does with `load_inplace`, from memory in place of a folder."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
@@ -51,8 +48,8 @@ def _replace(worker: Any, manifest: WeightManifest, buffer: npt.NDArray[np.uint8
     mapper = getattr(slots.model, "hf_to_vllm_mapper", None)
     adapter = LoRAModel.from_lora_tensors(
         _ID,
-        # Copies: vLLM scales B in place, and the buffer is Ray's, read-only and shared.
-        {name: tensor.clone() for name, tensor in read_tensors(buffer, manifest)},
+        # Copies: vLLM scales B in place, and the buffers are Ray's, read-only and shared.
+        {name: tensor.clone() for name, tensor in read_tensors(buffers, manifest)},
         PEFTHelper(r=lora.rank, lora_alpha=lora.alpha, target_modules=[]),
         device="cpu",
         dtype=manager.lora_config.lora_dtype,

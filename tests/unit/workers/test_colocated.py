@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fakes import Event, FakeLearner, FakeRollout, FakeTeacher
+from fakes import Event, FakeLearner, FakeRollout, FakeTeacher, make_request
 from ray.exceptions import RayError
 
 from opd_ray.controller import Fleets
@@ -68,7 +68,7 @@ def colocated(rollout: Rollout, teacher: Teacher, learner: Learner) -> Colocated
 
 
 def batch() -> Batch:
-    groups = [GroupHandle(task="t", summary=None, group=None)]
+    groups = [GroupHandle(request=make_request(), summary=None, group=None)]
     return Batch(step=3, groups=groups, scores=[ScoreHandle(teacher="teacher", summary=None, score=None)])
 
 

@@ -10,7 +10,15 @@ from opd_ray.objectives import Losses
 from opd_ray.protocol import RECORDED_VERSION, SampledScore, ScoreSummary
 from workers.learner.inputs import ScoredSequence, split_groups
 from workers.learner.objective import sampled_tokens
-from workers.learner.report import GapSums, RankReport, Totals, combine, estimate_name, teacher_metrics
+from workers.learner.report import (
+    GapSums,
+    RankReport,
+    Totals,
+    combine,
+    combine_updates,
+    estimate_name,
+    teacher_metrics,
+)
 
 NO_GAPS = GapSums(num_tokens=0, gap_sum=0.0, gap_max=0.0, signal_sum=0.0)
 REPORT = RankReport(
@@ -26,6 +34,7 @@ REPORT = RankReport(
     stale_gaps=NO_GAPS,
     recorded_gaps=NO_GAPS,
     age_sum=0.0,
+    age_max=0,
     num_recorded=0,
     grad_norm=0.5,
     lr=1e-3,
@@ -187,6 +196,7 @@ def test_the_metrics_of_an_update_are_means_over_the_tokens_of_all_ranks():
         divergence_sum=5.0,
         num_tokens=1,
         age_sum=2.0,
+        age_max=2,
         learn_s=3.0,
         fresh_gaps=GapSums(num_tokens=1, gap_sum=0.5, gap_max=0.5, signal_sum=0.43),
         stat_sums={"signal": 0.5},
@@ -316,3 +326,33 @@ def test_tokens_that_an_earlier_run_recorded_have_no_age_and_a_gap_of_their_own(
     mixed = combine([report_of(totals)], estimate="reverse_kl_sampled")
     assert mixed["train/token_age_mean"] == (3 + 2) / 2
     assert mixed["rollout/logprob_gap_stale_max"] == pytest.approx(0.1)
+
+
+def test_the_oldest_token_is_the_greatest_age_over_micro_batches_and_ranks():
+    totals = Totals(version=4)
+    totals.add(losses([0, 0], [0, 0], [0.0, -0.1]), sequences(2, masked=(0,)))  # ages 4 (masked), 3
+    totals.add(losses([0, 0], [0, 0], [0.0, -0.1]), sequences(2, masked=(0, 1)))
+    report = report_of(totals)
+    assert report.age_max == 3
+    assert combine([REPORT, report], estimate="reverse_kl_full")["train/token_age_max"] == 3
+
+
+def test_a_batchs_later_updates_are_measured_apart_from_the_policy_that_sampled_it():
+    totals = Totals(version=0, part=1)
+    totals.add(losses([0, 0], [0, 0], [0.5, -0.1]), sequences(1, 1))
+    report = report_of(totals)
+    assert report.fresh_gaps == NO_GAPS
+    assert report.stale_gaps.gap_max == pytest.approx(0.5)
+
+
+def test_the_metrics_of_several_updates_are_means_over_their_tokens_sums_of_their_times_and_the_last_rate():
+    second = replace(REPORT, loss_sum=2.0, denominator=1.0, num_tokens=1, grad_norm=1.5, lr=1e-4, learn_s=1.0)
+    slower = replace(REPORT, learn_s=5.0)
+    metrics = combine_updates([[REPORT, slower], [second, second]], estimate="reverse_kl_full")
+    assert metrics["train/num_updates"] == 2
+    assert metrics["train/loss"] == pytest.approx((6 + 6 + 2 + 2) / (3 + 3 + 1 + 1))
+    assert metrics["distill/reverse_kl_full"] == pytest.approx((3 + 3 + 3 + 3) / (3 + 3 + 1 + 1))
+    assert (metrics["train/grad_norm"], metrics["train/grad_norm_max"]) == (pytest.approx(1.0), 1.5)
+    assert metrics["train/lr"] == 1e-4
+    assert metrics["time/learn_s"] == 5.0 + 1.0
+    assert "train/grad_norm_max" not in combine_updates([[REPORT]], estimate="reverse_kl_full")

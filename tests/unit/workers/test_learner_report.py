@@ -206,6 +206,7 @@ def test_the_metrics_of_an_update_are_means_over_the_tokens_of_all_ranks():
         "train/grad_norm": 0.5,
         "train/lr": 1e-3,
         "train/token_age_mean": 0.5,
+        "train/token_age_max": 2,
         "train/kept_token_fraction": 0.5,
         "distill/reverse_kl_support": 2.0,
         "time/learn_s": 3.0,

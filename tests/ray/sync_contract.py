@@ -1,5 +1,6 @@
 """What every way of new weights must keep, on a learner and two rollout workers; each check leaves the stack whole."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -92,6 +93,7 @@ class Stack:
 @contextmanager
 def open_stack(config: Config, folder: Path, *, local: bool) -> Iterator[Stack]:
     """Start the pools, meet, and end them."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors do not see the tests' folder
     by_role = pools(config)
     common = {"log_dir": folder, "num_threads": 1, "local": local}
     group = reserve([by_role["rollout"], by_role["learner"]], timeout_s=120)

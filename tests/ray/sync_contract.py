@@ -21,7 +21,7 @@ from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.learner.worker import LearnerWorker
-from workers.placement import pools
+from workers.placement import pools, shares_one_gpu
 from workers.reservation import reserve
 from workers.rollout.fleet import RayRolloutFleet
 from workers.rollout.worker import RolloutWorker
@@ -95,7 +95,8 @@ def open_stack(config: Config, folder: Path, *, local: bool) -> Iterator[Stack]:
     """Start the pools, meet, and end them."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors do not see the tests' folder
     by_role = pools(config)
-    common = {"log_dir": folder, "num_threads": 1, "local": local}
+    shared = shares_one_gpu([by_role["rollout"], by_role["learner"]])
+    common = {"log_dir": folder, "num_threads": 1, "local": local, "one_bundle": shared}
     group = reserve([by_role["rollout"], by_role["learner"]], timeout_s=120)
     rollout = RayRolloutFleet(
         model_path=config.student.path,
@@ -122,7 +123,11 @@ def open_stack(config: Config, folder: Path, *, local: bool) -> Iterator[Stack]:
     learner = RayLearner(
         config=config.learner,
         berth=Berth(
-            role="learner", pool=by_role["learner"], placement_group=group, first_bundle=len(rollout.workers), **common
+            role="learner",
+            pool=by_role["learner"],
+            placement_group=group,
+            first_bundle=0 if shared else len(rollout.workers),
+            **common,
         ),
         arguments=arguments,
         worker_class=ChangingLearner,

@@ -76,6 +76,7 @@ class LearnerWorker:
         if self._deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which torch asks for
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # finds mistakes, at several times the cost
         if not on_gpu:
             # Its shared-memory all-reduce would be compiled on first use (40 s, needs a compiler); gloo serves as well.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -12,6 +12,7 @@ from opd_ray.config.objective import (
     SupportSource,
     TailKind,
 )
+from opd_ray.config.offload import check_zero_options
 from opd_ray.config.schema import Config, DataKind
 from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.tasks import TASKS, verifier
@@ -30,6 +31,7 @@ def validate(config: Config) -> None:
         _cache,
         _batch,
         _micro_batch,
+        check_zero_options,
         check_devices,
         chosen_sync,
     ):

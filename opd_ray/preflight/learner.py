@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from opd_ray.config.offload import Offload, offloads
 from opd_ray.config.schema import Dtype, LearnerConfig
 
 _TRAINED_BYTES = 16  # of a parameter, its weight included: gradient and two moments, a float32 copy beside bfloat16
@@ -30,9 +31,10 @@ def training_bytes(learner: LearnerConfig, size: TrainedSize) -> int:
     What is offloaded from a GPU lies in the machine's memory and is not counted; gradients pass through the GPU.
     """
     of_trained = BYTES[learner.dtype] if size.num_adapters is None else _ADAPTER_BYTES
+    leaves_gpu = {what: learner.gpus_per_rank > 0 and offloads(learner, what) for what in Offload}
     weights = export_bytes(learner, size)
-    state = size.num_trained * (of_trained if _offloads(learner, "optimizer") else _TRAINED_BYTES - of_trained)
-    if _offloads(learner, "param"):
+    state = size.num_trained * (of_trained if leaves_gpu[Offload.optimizer] else _TRAINED_BYTES - of_trained)
+    if leaves_gpu[Offload.param]:
         weights = 0
     parts_of_weights = learner.num_ranks if learner.zero_stage >= _WEIGHTS_IN_PARTS else 1
     parts_of_state = learner.num_ranks if learner.zero_stage >= _STATE_IN_PARTS else 1
@@ -47,9 +49,3 @@ def checkpoint_bytes(size: TrainedSize) -> int:
 def export_bytes(learner: LearnerConfig, size: TrainedSize) -> int:
     """Return the size of the export: the whole student, and adapters by themselves."""
     return size.num_parameters * BYTES[learner.dtype] + (size.num_adapters or 0) * _ADAPTER_BYTES
-
-
-def _offloads(learner: LearnerConfig, what: str) -> bool:
-    """Return whether DeepSpeed is told to move this off a GPU."""
-    block = learner.engine_args.get("zero_optimization", {}).get(f"offload_{what}") or {}
-    return learner.gpus_per_rank > 0 and block.get("device", "none") != "none"

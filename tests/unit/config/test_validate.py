@@ -184,6 +184,54 @@ def test_prompts_that_do_not_divide_over_the_ranks_are_refused(key: str):
     assert words.startswith(f"{key}=6: expected a multiple of learner.num_ranks=4")
 
 
+@pytest.mark.parametrize(("num_prompts", "num_ranks", "num_updates"), [(6, 1, 4), (4, 1, 8), (4, 2, 4)])
+def test_updates_that_do_not_get_as_many_prompts_on_every_rank_are_refused(
+    num_prompts: int, num_ranks: int, num_updates: int
+):
+    words = refused(
+        f"batch.num_prompts={num_prompts}",
+        f"learner.num_ranks={num_ranks}",
+        f"learner.updates_per_batch={num_updates}",
+        "eval.num_prompts=4",
+    )
+    assert words.startswith(
+        f"batch.num_prompts={num_prompts}: expected a multiple of learner.num_ranks={num_ranks} times"
+        f" learner.updates_per_batch={num_updates}"
+    )
+
+
+_ZERO = "learner.engine_args.zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("learner.zero_stage=2", f"+{_ZERO}.stage=3"), f"{_ZERO}.stage=3: expected learner.zero_stage"),
+        (
+            ("learner.zero_stage=2", f"+{_ZERO}.offload_param.device=cpu"),
+            f"{_ZERO}.offload_param with learner.zero_stage=2: expected learner.zero_stage 3",
+        ),
+        (
+            ("learner.zero_stage=0", f"+{_ZERO}.offload_optimizer.device=cpu"),
+            f"{_ZERO}.offload_optimizer with learner.zero_stage=0: expected learner.zero_stage 1 or 2 or 3",
+        ),
+        (
+            (f"+{_ZERO}.offload_optimizer=cpu",),
+            f"{_ZERO}.offload_optimizer=cpu: expected {_ZERO}.offload_optimizer.device=cpu",
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else None,
+)
+def test_options_of_zero_that_its_stage_does_not_have_are_refused(given: tuple[str, ...], words: str):
+    assert refused(*given).startswith(words)
+
+
+def test_offloading_passes_through():
+    compose_config(*MANDATORY, "learner.zero_stage=1", f"+{_ZERO}.offload_optimizer.device=cpu")
+    compose_config(*MANDATORY, "learner.zero_stage=3", f"+{_ZERO}.offload_param.device=cpu")
+    compose_config(*MANDATORY, "learner.zero_stage=0", f"+{_ZERO}.offload_param.device=none")
+
+
 def test_a_sequence_that_could_fit_no_micro_batch_is_refused_with_its_parts():
     given = ("data.max_prompt_tokens=24", "rollout.max_response_tokens=13")
     words = refused(*given, "learner.max_tokens_per_micro_batch=36")

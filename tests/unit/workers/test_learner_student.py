@@ -23,9 +23,19 @@ def test_the_learners_keys_reach_deepspeed():
     assert (params["lr"], params["betas"], params["weight_decay"]) == (2e-5, [0.8, 0.99], 0.1)
 
 
-@pytest.mark.parametrize("num_gpus", [0.0, 1.0])
-def test_the_optimizer_needs_no_compiler(num_gpus: float):
-    built = deepspeed_config(LearnerConfig(gpus_per_rank=num_gpus), world_size=1)
+@pytest.mark.parametrize(
+    ("num_gpus", "device", "torch_adam"),
+    [(0.0, "none", True), (1.0, "none", True), (0.0, "cpu", True), (1.0, "cpu", False), (1.0, "nvme", False)],
+)
+def test_the_optimizer_needs_a_compiler_only_where_it_is_offloaded_from_a_gpu(
+    num_gpus: float, device: str, torch_adam: bool
+):
+    over = {"zero_optimization": {"offload_optimizer": {"device": device}}}
+    built = deepspeed_config(LearnerConfig(gpus_per_rank=num_gpus, engine_args=over), world_size=1)
+    assert built["optimizer"]["params"]["torch_adam"] is torch_adam
+    assert built["zero_optimization"]["offload_optimizer"] == {"device": device}
+    asked = over | {"optimizer": {"params": {"torch_adam": True}}}
+    built = deepspeed_config(LearnerConfig(gpus_per_rank=num_gpus, engine_args=asked), world_size=1)
     assert built["optimizer"]["params"]["torch_adam"] is True
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from opd_ray.config.schema import Config
+from opd_ray.data.lora import adapter_size
 from opd_ray.data.models import open_model
 from opd_ray.preflight import machine, models
 from opd_ray.preflight.facts import read_facts
 from opd_ray.preflight.finding import Finding, Status, error, ok, warning, warnings_of
+from opd_ray.preflight.learner import TrainedSize
 from opd_ray.preflight.memory import Memory, kv_cache, memory, needs
 from opd_ray.requests import has_engine
 from opd_ray.routing import teacher_key, teachers_of
@@ -27,7 +29,12 @@ def model_findings(config: Config, *, vocab_size: int, local: bool) -> list[Find
     Teachers behind servers or with another tokenizer are left out: their rows and tokens are their own.
     """
     named = {name: t for name, t in teachers_of(config).by_name.items() if has_engine(t)}
-    student = read_facts(open_model("student.path", config.student.path))
+    files = open_model("student.path", config.student.path)
+    student, lora = read_facts(files), config.student.lora.wanted
+    trained = TrainedSize(
+        num_parameters=student.num_parameters,
+        num_adapters=adapter_size(files.config, lora).num_trainable if lora is not None else None,
+    )
     by_name = {name: read_facts(open_model(teacher_key(name), t.path)) for name, t in named.items()}
     teachers = list(by_name.values())
     return [
@@ -39,8 +46,8 @@ def model_findings(config: Config, *, vocab_size: int, local: bool) -> list[Find
         models.context(config, student, teachers),
         models.own_teachers(config),
         kv_cache(config, student=student, teachers=by_name),
-        memory(needs(config, student=student, teachers=by_name), present=_memory(local=local)),
-        machine.disk(config, num_parameters=student.num_parameters, free_bytes=machine.free_disk_bytes(config)),
+        memory(needs(config, student=student, teachers=by_name, trained=trained), present=_memory(local=local)),
+        machine.disk(config, trained=trained, free_bytes=machine.free_disk_bytes(config)),
     ]
 
 

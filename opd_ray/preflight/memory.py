@@ -6,16 +6,14 @@ All needs are lower bounds: activations, compiled code and the engines' own buff
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from opd_ray.config.schema import Config, Dtype, LearnerConfig, RolloutConfig, TeacherConfig
+from opd_ray.config.schema import Config, Dtype, RolloutConfig, TeacherConfig
 from opd_ray.preflight.facts import ModelFacts
 from opd_ray.preflight.finding import Finding, error, ok, size, warning
+from opd_ray.preflight.learner import BYTES, TrainedSize, training_bytes
 from opd_ray.requests import follows_student
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of
 
-_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 _LOGIT_BYTES = 4  # log-prob mathematics is in float32
-_TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments in float32
-_OFFLOADED_BYTES = 4  # of a parameter: weight and gradient in bfloat16, the rest elsewhere
 _QUANTISED_BYTES = 0.5  # of a parameter: the least there is
 _NEARLY_FULL = 0.9
 _KV_KEY = "kv_cache_memory_bytes"
@@ -39,7 +37,9 @@ class Memory:
     gpu_bytes: int | None  # of the smallest
 
 
-def needs(config: Config, *, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> list[Need]:
+def needs(
+    config: Config, *, student: ModelFacts, teachers: Mapping[str, ModelFacts], trained: TrainedSize
+) -> list[Need]:
     """Return every pool's need: weights, KV cache of the longest sequence, a chunk of logits; teachers by name."""
     chunk_bytes = config.objective.chunk_tokens * student.num_rows * _LOGIT_BYTES
     learner = config.learner
@@ -57,7 +57,7 @@ def needs(config: Config, *, student: ModelFacts, teachers: Mapping[str, ModelFa
             role="learner",
             num_workers=learner.num_ranks,
             gpus_per_worker=learner.gpus_per_rank,
-            bytes_per_worker=_training_bytes(learner) * student.num_parameters // learner.num_ranks + chunk_bytes,
+            bytes_per_worker=training_bytes(learner, trained) + chunk_bytes,
         ),
     ]
 
@@ -123,19 +123,14 @@ def _engines(
 
 def _engine_bytes(pool: RolloutConfig | TeacherConfig, facts: ModelFacts, *, tokens: int) -> int:
     kv_bytes = pool.engine_args.get(_KV_KEY) or _kv_bytes(facts, pool.dtype, tokens=tokens)
-    weight_bytes = _QUANTISED_BYTES if "quantization" in pool.engine_args else _BYTES[pool.dtype]
+    weight_bytes = _QUANTISED_BYTES if "quantization" in pool.engine_args else BYTES[pool.dtype]
     if isinstance(pool, TeacherConfig) and follows_student(pool) and not pool.gpus_per_worker:
-        weight_bytes += _BYTES[Dtype.float32]  # the average; that of a worker with a GPU lies in the machine's memory
+        weight_bytes += BYTES[Dtype.float32]  # the average; that of a worker with a GPU lies in the machine's memory
     return int(facts.num_parameters * weight_bytes) + int(kv_bytes)
 
 
-def _training_bytes(learner: LearnerConfig) -> int:
-    zero = learner.engine_args.get("zero_optimization", {})
-    return _OFFLOADED_BYTES if "offload_optimizer" in zero else _TRAINING_BYTES
-
-
 def _kv_bytes(facts: ModelFacts, dtype: Dtype, *, tokens: int) -> int:
-    return tokens * facts.kv_values_per_token * _BYTES[dtype]
+    return tokens * facts.kv_values_per_token * BYTES[dtype]
 
 
 def _longest(config: Config) -> int:

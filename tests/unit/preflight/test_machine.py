@@ -5,6 +5,7 @@ from config_files import MANDATORY, compose_config
 
 from opd_ray.config.services import TrackingKind
 from opd_ray.preflight.finding import GIB, Finding, Status
+from opd_ray.preflight.learner import TrainedSize
 from opd_ray.preflight.machine import (
     dashboard,
     disk,
@@ -37,19 +38,27 @@ def test_a_run_dir_below_a_file_or_held_by_another_run_is_red(tmp_path: Path):
 
 
 def test_checkpoints_that_fill_the_disk_are_red_and_those_that_nearly_do_yellow():
-    config = compose_config(*MANDATORY, "save_every=2")  # of 3 steps: after the 2nd and the 3rd
+    dtype, trained = "learner.dtype=float32", TrainedSize(num_parameters=GIB)
+    config = compose_config(*MANDATORY, dtype, "save_every=2")  # of 3 steps: after the 2nd and the 3rd
 
     def judge(free_gib: float) -> Finding:
-        return disk(config, num_parameters=GIB, free_bytes=int(free_gib * GIB))
+        return disk(config, trained=trained, free_bytes=int(free_gib * GIB))
 
     assert judge(72).status is Status.ok
     assert judge(71).status is Status.warning
     assert judge(35).status is Status.error
     assert "2 checkpoints and the export need about 36.0 GiB; 35.0 GiB are free" in judge(35).found
-    resumed = compose_config(*MANDATORY, "save_every=2", "resume=auto")  # part of them may be there already
-    assert disk(resumed, num_parameters=GIB, free_bytes=GIB).status is Status.warning
-    no_checkpoints = compose_config(*MANDATORY)
-    assert disk(no_checkpoints, num_parameters=GIB, free_bytes=8 * GIB).status is Status.ok
+    resumed = compose_config(*MANDATORY, dtype, "save_every=2", "resume=auto")  # part of them may be there already
+    assert disk(resumed, trained=trained, free_bytes=GIB).status is Status.warning
+    no_checkpoints = compose_config(*MANDATORY, dtype)
+    assert disk(no_checkpoints, trained=trained, free_bytes=8 * GIB).status is Status.ok
+
+
+def test_checkpoints_of_adapters_hold_no_weights_but_the_export_is_whole():
+    config = compose_config(*MANDATORY, "learner.dtype=bfloat16", "save_every=2")
+    trained = TrainedSize(num_parameters=GIB, num_adapters=GIB // 64)
+    found = disk(config, trained=trained, free_bytes=100 * GIB).found
+    assert "2 checkpoints and the export need about 2.6 GiB" in found  # 2 x 16 / 64 + 2 + 4 / 64
 
 
 @pytest.mark.parametrize(

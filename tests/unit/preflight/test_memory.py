@@ -4,20 +4,22 @@ from config_files import MANDATORY, compose_config
 from preflight_facts import STUDENT
 
 from opd_ray.preflight.finding import GIB, Status
+from opd_ray.preflight.learner import TrainedSize, training_bytes
 from opd_ray.preflight.memory import Memory, Need, kv_cache, memory, needs
 
 TEACHER = replace(STUDENT, key="teacher.path", num_parameters=3_000_000)
+TRAINED = TrainedSize(num_parameters=1_000_000)
 NEED = Need(role="rollout", num_workers=2, gpus_per_worker=0, bytes_per_worker=4 * GIB)
 
 
 def test_a_worker_needs_weights_cache_and_a_chunk_and_the_learner_its_optimizer():
     config = compose_config(*MANDATORY, "cluster=gpus", "rollout.dtype=float32", "learner.num_ranks=2")
     tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    rollout, teacher, learner = needs(config, student=STUDENT, teachers={"teacher": TEACHER})
+    rollout, teacher, learner = needs(config, student=STUDENT, teachers={"teacher": TEACHER}, trained=TRAINED)
     chunk = config.objective.chunk_tokens * 128 * 4
     assert rollout.bytes_per_worker == 4_000_000 + 4 * tokens * 512 + chunk
     assert teacher.bytes_per_worker == 2 * 3_000_000 + 2 * tokens * 512 + chunk
-    assert learner.bytes_per_worker == 16_000_000 // 2 + chunk
+    assert learner.bytes_per_worker == training_bytes(config.learner, TRAINED) + chunk
     assert (learner.role, learner.num_workers) == ("learner", 2)
 
 
@@ -65,7 +67,7 @@ def test_a_teacher_that_follows_the_student_holds_an_average_in_float32_beside_i
     def needed(*overrides: str) -> int:
         common = ("teacher=self", "teacher.path=student", "cluster=local")
         config = compose_config(*MANDATORY, *common, *overrides)
-        return needs(config, student=STUDENT, teachers={"teacher": TEACHER})[1].bytes_per_worker
+        return needs(config, student=STUDENT, teachers={"teacher": TEACHER}, trained=TRAINED)[1].bytes_per_worker
 
     assert needed("teacher.self.update=ema") - needed() == 4 * 3_000_000
     assert needed("teacher.self.update=ema", "teacher.gpus_per_worker=1") == needed()

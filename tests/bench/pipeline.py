@@ -1,5 +1,6 @@
 """Part `pipeline`: the loop and the fleets over actors that sleep, against what their sleeping alone would take."""
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -7,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import ray
 from harness import Figure, at_most
-from models import random_model
 from pipeline_work import CASES, MAX_TOKENS, NUM_GROUPS, NUM_ROLLOUTS, NUM_SAMPLES, NUM_TEACHERS, Workload
 from sleepers import SleepingLearner, SleepingRollout, SleepingTeacher
+from transformers import Qwen3Config
 
 from opd_ray.assembly import build_loop
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
@@ -27,6 +29,7 @@ from opd_ray.config.schema import (
 from opd_ray.config.services import ClusterConfig, TrackingConfig, TrackingKind
 from opd_ray.controller import Fleets
 from opd_ray.data.prompts import PromptSets
+from opd_ray.dispatch import Place
 from opd_ray.protocol import Metrics, Prompt
 from opd_ray.quarantine import DiskQuarantine
 from opd_ray.requests import ObjectiveIds
@@ -56,36 +59,42 @@ def pipeline() -> Iterator[Figure]:
                 yield _strict(config, fleets, case)
                 yield from _pipelined(config, fleets, case, max_staleness=1, limit=_MAX_PIPELINED)
             for case in ("balanced", "rollout_bound"):
-                yield from _pipelined(config, fleets, case, max_staleness=2, limit=None)
+                yield from _pipelined(config, fleets, case, max_staleness=2)
             over = replace(config, max_staleness=1, rollout=replace(config.rollout, overprovision=1.0))
             work = Workload(case="rollout_bound", num_steps=_NUM_STEPS)
-            value = _run_s(over, fleets, work) / work.busiest_s()
-            yield Figure(part=_PART, name="rollout_bound_s1_overprovision_1", value=value, unit="of busiest pool")
+            seconds, _ = _run(over, fleets, work)
+            yield _ratio(seconds / work.busiest_s(), name="rollout_bound_s1_overprovision_1")
 
 
 def _strict(config: Config, fleets: Fleets, case: str) -> Figure:
     work = Workload(case=case, num_steps=_NUM_STRICT_STEPS)
-    ratio = _run_s(replace(config, max_staleness=0), fleets, work) / work.unhindered_s(max_staleness=0)
+    seconds, served = _run(replace(config, max_staleness=0), fleets, work)
+    ratio = seconds / work.unhindered_s(served, max_staleness=0)
     return at_most(_MAX_STRICT, part=_PART, name=f"{case}_s0", value=ratio, unit="of critical path")
 
 
 def _pipelined(
-    config: Config, fleets: Fleets, case: str, *, max_staleness: int, limit: float | None
+    config: Config, fleets: Fleets, case: str, *, max_staleness: int, limit: float = math.inf
 ) -> Iterator[Figure]:
     work = Workload(case=case, num_steps=_NUM_STEPS)
-    name, unit = f"{case}_s{max_staleness}", "of busiest pool"
-    unhindered = work.unhindered_s(max_staleness=max_staleness) / work.busiest_s()
-    yield Figure(part=_PART, name=f"{name}_unhindered", value=unhindered, unit=unit)
-    ratio = _run_s(replace(config, max_staleness=max_staleness), fleets, work) / work.busiest_s()
-    if limit is None:
-        yield Figure(part=_PART, name=name, value=ratio, unit=unit)
-    else:
-        yield at_most(limit, part=_PART, name=name, value=ratio, unit=unit)
+    seconds, served = _run(replace(config, max_staleness=max_staleness), fleets, work)
+    unhindered_s = work.unhindered_s(served, max_staleness=max_staleness)
+    name = f"{case}_s{max_staleness}"
+    yield _ratio(unhindered_s / work.busiest_s(), name=f"{name}_unhindered")
+    yield _ratio(seconds / work.busiest_s(), name=name, limit=limit)
+
+
+def _ratio(value: float, *, name: str, limit: float = math.inf) -> Figure:
+    unit = "of busiest pool"
+    if limit == math.inf:
+        return Figure(part=_PART, name=name, value=value, unit=unit)
+    return at_most(limit, part=_PART, name=name, value=value, unit=unit)
 
 
 def _config(folder: Path) -> Config:
-    """Return the configuration that all cases share. A model has to be there, nobody runs it."""
-    random_model(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(folder)
+    """Return the configuration that all cases share. A model's folder has to be there, nobody reads its weights."""
+    Qwen3Config(hidden_size=64, num_hidden_layers=1).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
     return Config(
         name=_PART,
         num_steps=_NUM_STEPS,
@@ -118,15 +127,15 @@ def _fleets(config: Config):
     )
 
 
-def _run_s(config: Config, fleets: Fleets, work: Workload) -> float:
-    """Run a case and return the seconds from its first request to the end of its last step."""
+def _run(config: Config, fleets: Fleets, work: Workload) -> tuple[float, list[list[Place]]]:
+    """Run a case and return the seconds from its first request to the end of its last step, and who generated what."""
     prompts = [
         Prompt(ids_P=np.zeros(_PROMPT_TOKENS, dtype=np.int32), index=i, task=work.case, verifier=work.case, answer=None)
         for i in range(NUM_GROUPS)
     ]
     with tempfile.TemporaryDirectory() as folder:
         run_dir, line = RunDir(path=Path(folder)), _Line()
-        build_loop(
+        loop = build_loop(
             replace(config, num_steps=work.num_steps),
             fleets=fleets,
             training=fleets,
@@ -134,9 +143,16 @@ def _run_s(config: Config, fleets: Fleets, work: Workload) -> float:
             checkpoints=DiskCheckpoints(folder=run_dir.checkpoints),
             tracker=RunTracker(run_dir, step=0, num_samples=2, sinks=[], line=line),
             quarantine=DiskQuarantine(run_dir, say=line.say),
-        ).run()
+        )
+        replace(loop, evaluator=_Evaluator()).run()
     assert len(line.times) == 1 + work.num_steps  # of step 0, before the first request, and after every update
-    return line.times[-1] - line.times[0]
+    served: list[list[Place]] = ray.get([worker.places.remote() for worker in fleets.rollout.workers])
+    return line.times[-1] - line.times[0], served
+
+
+class _Evaluator:
+    def evaluate(self, version: int) -> Metrics:  # noqa: ARG002
+        return {}
 
 
 class _Line:

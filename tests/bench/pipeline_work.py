@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NUM_GROUPS, NUM_SAMPLES = 32, 4  # of a batch
+from opd_ray.dispatch import Place
+
+NUM_GROUPS, NUM_SAMPLES = 32, 4  # of a batch; a multiple of the teachers, who have every group in turn
 NUM_ROLLOUTS, NUM_SLOTS, NUM_TEACHERS = 2, 8, 2
 _MEDIAN_TOKENS, MAX_TOKENS = 64, 1280
 _SIGMA = math.log(10) / 2.3263  # of log-normal lengths: the 99th percentile of a normal variable is 2.3263
@@ -106,23 +108,23 @@ class Workload:
             first_batch_s + total * costs.learn_s,
         )
 
-    def unhindered_s(self, *, max_staleness: int) -> float:
+    def unhindered_s(self, served: Sequence[Sequence[Place]], *, max_staleness: int) -> float:
         """Return how long the run takes when messages, Ray and the controller take no time at all.
 
-        A batch is asked for when the update before `max_staleness + 1` batches is over. Its groups go to the rollout
-        worker with the fewest unfinished groups and take its slots in order; each is scored by the next teacher in turn
-        from when its last response ends, or when that teacher is free; the update begins with the last score of the
-        batch, or when the one before is over; publishing takes nothing.
+        served: of each rollout worker, the groups in the order in which they came, which Ray leaves open. A batch is
+        asked for when the update before `max_staleness + 1` batches is over. Its groups take the slots of their worker
+        in that order; each is scored by the teachers in turn from when its last response ends, or when that teacher is
+        free; the update begins with the last score of the batch, or when the one before is over; publishing takes
+        nothing.
 
-        With max_staleness = 0 this is the sum of the steps' critical paths, a lower bound for these workers: groups go
-        to both kinds in turn then, and a teacher's last score does not depend on the order in which it works.
+        With max_staleness = 0 this is the sum of the steps' critical paths, and a lower bound: nothing can end sooner
+        when all comes later, and a teacher's last score does not depend on the order in which it works.
         """
-        costs, batches = Costs.of(self.case), self._batches()
-        flow = _Flow(costs)
+        costs, flow = Costs.of(self.case), _Flow(Costs.of(self.case))
         now_s, num_asked = 0.0, 0
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(self._batches()):
             while num_asked < min(step + 1 + max_staleness, self.num_steps):
-                flow.ask(num_asked, batches[num_asked], now_s=now_s)
+                flow.ask([[place for place in of_worker if place.step == num_asked] for of_worker in served], now_s)
                 num_asked += 1
             now_s = max(now_s, flow.scored_s(step)) + sum(map(sum, batch)) * costs.learn_s
         return now_s
@@ -138,26 +140,21 @@ class _Flow:
         self._costs = costs
         self._rollouts = [Slots(NUM_SLOTS) for _ in range(NUM_ROLLOUTS)]
         self._teachers = [Slots(1) for _ in range(NUM_TEACHERS)]
-        self._generated: list[list[float]] = [[] for _ in self._rollouts]  # when each worker's groups are
-        self._unscored: list[tuple[float, int, int, float]] = []  # heap of: generated at, step, teacher, seconds
-        self._num_dealt = 0
+        self._unscored: list[tuple[float, Place]] = []  # heap of groups by when they are generated
         self._last_score_s: dict[int, float] = {}  # by step
 
-    def ask(self, step: int, batch: Sequence[Sequence[int]], *, now_s: float) -> None:
-        """Hand out a batch."""
-        self._generated = [[end_s for end_s in ends_s if end_s > now_s] for ends_s in self._generated]
-        for lengths in batch:
-            loads = list(map(len, self._generated))
-            worker = loads.index(min(loads))
-            end_s = max(self._rollouts[worker].take(n * self._costs.generate_s, now_s=now_s) for n in lengths)
-            self._generated[worker].append(end_s)
-            teacher, self._num_dealt = self._num_dealt % NUM_TEACHERS, self._num_dealt + 1
-            heapq.heappush(self._unscored, (end_s, step, teacher, sum(lengths) * self._costs.score_s))
+    def ask(self, batch: Sequence[Sequence[Place]], now_s: float) -> None:
+        """Hand a batch to the rollout workers."""
+        for worker, of_worker in zip(self._rollouts, batch, strict=True):
+            for place in of_worker:
+                seconds = [num_tokens * self._costs.generate_s for num_tokens in response_tokens(*place)]
+                heapq.heappush(self._unscored, (max(worker.take(s, now_s=now_s) for s in seconds), place))
 
     def scored_s(self, step: int) -> float:
         """Return when the last group of a batch is scored; groups of others that come before it have their turn."""
-        while any(of_step == step for _, of_step, _, _ in self._unscored):
-            generated_s, of_step, teacher, seconds = heapq.heappop(self._unscored)
-            end_s = self._teachers[teacher].take(seconds, now_s=generated_s)
-            self._last_score_s[of_step] = max(end_s, self._last_score_s.get(of_step, 0.0))
+        while any(place.step == step for _, place in self._unscored):
+            generated_s, place = heapq.heappop(self._unscored)
+            teacher = self._teachers[place.position % NUM_TEACHERS]
+            end_s = teacher.take(sum(response_tokens(*place)) * self._costs.score_s, now_s=generated_s)
+            self._last_score_s[place.step] = max(end_s, self._last_score_s.get(place.step, 0.0))
         return self._last_score_s[step]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pipeline_work import NUM_SLOTS, Costs, Slots, response_tokens
 
+from opd_ray.dispatch import Place
 from opd_ray.protocol import (
     GenerateRequest,
     GroupSummary,
@@ -31,7 +32,7 @@ class SleepingRollout:
     def __init__(self, **_: Any) -> None:
         self._slots = Slots(NUM_SLOTS)
         self._version = -1
-        self._place = (-1, -1)
+        self._places: list[Place] = []
 
     async def ready(self) -> bool:
         """Answer at once."""
@@ -44,17 +45,18 @@ class SleepingRollout:
         """Take the version; a new run begins with the first."""
         self._version = version
         if version == 0:
-            self._place = (-1, -1)
+            self._places = []
+
+    async def places(self) -> list[Place]:
+        """Return the groups of this run in the order in which they came."""
+        return self._places
 
     async def generate(self, request: GenerateRequest, turn: Turn | None = None) -> tuple[GroupSummary, Any]:  # noqa: ARG002
         """Resolve when the last response has had its time in a slot."""
         start = time.perf_counter()
-        place = request.step, request.position
-        # What the bounds rest on: requests come in order, under weights that are there.
-        assert place > self._place, (place, self._place)
-        assert request.version <= self._version
-        self._place = place
-        lengths = response_tokens(*place)
+        assert request.version <= self._version, (request.version, self._version)
+        self._places.append(Place(request.step, request.position))
+        lengths = response_tokens(request.step, request.position)
         costs = Costs.of(request.prompt.task)
         await asyncio.sleep(max(self._slots.take_now(n * costs.generate_s) for n in lengths))
         group = _group(request, lengths, version=request.version)

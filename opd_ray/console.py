@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from opd_ray.pipeline import bottleneck
 from opd_ray.protocol import Metrics
 
 _LOSS_EVERY = 50  # steps
@@ -125,7 +126,8 @@ def step_numbers(metrics: Metrics) -> str:
         "perf/tokens_per_s": "{:,.0f} tok/s",
         "time/step_s": "{:.2f} s",
     }
-    return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
+    numbers = [form.format(metrics[name]) for name, form in forms.items() if name in metrics]
+    return "  ".join([*numbers, *filter(None, [bottleneck(metrics)])])
 
 
 def step_breakdown(history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:

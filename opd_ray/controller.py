@@ -34,21 +34,27 @@ class Loop:
 
     def run(self, step: int = 0) -> None:
         """Train from update `step` to the last: generate, score, screen, learn, publish."""
-        fleets, schedule, window = self.fleets, self.schedule, self.window
+        fleets, schedule, window, tracker = self.fleets, self.schedule, self.window, self.tracker
         fleets.load(fleets.learner.publish(step))
-        if schedule.is_eval(step) and not self.tracker.holds(step):
-            self.tracker.log(step, self.evaluator.evaluate(step))
+        if schedule.is_eval(step) and not tracker.holds(step):
+            tracker.log(step, self.evaluator.evaluate(step))
         while step < schedule.num_steps:
             window.fill(step)
             batch, taken = window.take(step)
             batch, screened = self.screen.whole(batch)
+            tracker.passed("wait")
             learned = fleets.learner.update(batch)
+            tracker.passed("learn")
             window.release()
             step += 1
             loaded = fleets.load(fleets.learner.publish(step))
+            tracker.passed("publish")
             evaluated = self.evaluator.evaluate(step) if schedule.is_eval(step) else {}
-            self.tracker.log(
-                step, {**taken, **screened, **learned, **loaded, **evaluated}, fleets.rollout.summaries(batch.groups)
+            tracker.log(
+                step,
+                {**taken, **screened, **learned, **loaded, **evaluated},
+                fleets.rollout.summaries(batch.groups),
+                fleets.teacher.summaries(batch.scores),
             )
             if schedule.is_save(step):
                 self.checkpoints.save(step, fleets.learner, fleets.teacher, window)

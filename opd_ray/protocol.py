@@ -90,8 +90,7 @@ class TrajectoryGroup:
     prompt_ids: Int32  # [P]
     response_ids: Int32  # [N] sampled tokens, the end token included where there is one
     offsets: Int32  # [G+1] response g is response_ids[offsets[g]:offsets[g+1]]
-    sampled_logprobs: Float32  # [N] of the sampled token, full vocabulary, at the rollout temperature;
-    # with objective.correct_top_p and top_p < 1 renormalised in the nucleus
+    sampled_logprobs: Float32  # [N] at the rollout temperature, over all ids or (correct_top_p) the nucleus
     token_versions: Int32  # [N] version of the policy that sampled the token, or RECORDED_VERSION
     loss_mask: npt.NDArray[np.bool_]  # [N] false: a token the policy did not choose
     support_ids: Int32  # [N,K] the student's own top-K at sampling time, -1 for none; K = 0 when not asked for
@@ -127,6 +126,7 @@ class GroupSummary:
     oldest_version: int
     text: str  # prompt and first response, for people
     generate_s: float  # from the request's arrival at the worker to its last token
+    span: tuple[str, float, float] = ("", 0.0, 0.0)  # worker, and from when to when it was at it, Unix seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +186,7 @@ class ScoreSummary:
     num_bytes: int  # of the payload
     dropped_mass_sum: float  # probability of the ids that only the teacher has, summed over tokens; NaN: not computed
     score_s: float  # from the group's arrival at the worker to its score
+    span: tuple[str, float, float] = ("", 0.0, 0.0)  # as of a group's summary
     fault: str = ""  # why there is no score (None instead); "": there is one
 
 
@@ -291,8 +292,7 @@ class Learner(Lasting, Protocol):
         ...
 
     def held_out_kl(self, batch: Batch) -> tuple[float, int]:
-        """KL(student || teacher) in nats a token, exact on hidden states, else by the sampled tokens, and the number of
-        tokens; no update."""
+        """Return KL(student || teacher) in nats a token, exact on hidden states only, and the number of tokens."""
         ...
 
     def export(self, folder: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opd_ray.protocol import Batch, GroupSummary, Lasting, Metrics, Prompt
+from opd_ray.protocol import Batch, GroupSummary, Lasting, Metrics, Prompt, ScoreSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +66,18 @@ class Screen(Protocol):
 class Tracker(Protocol):
     """Where a run's numbers go."""
 
-    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
-        """Record the metrics of an update, and its samples."""
+    def passed(self, phase: str) -> None:
+        """Note that the time since the last note went into a phase: wait, learn or publish."""
+        ...
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        summaries: Sequence[GroupSummary] = (),
+        scored: Sequence[ScoreSummary] = (),
+    ) -> None:
+        """Record the metrics of an update, its samples, and who worked when."""
         ...
 
     def holds(self, step: int) -> bool:

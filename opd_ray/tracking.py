@@ -18,7 +18,9 @@ from opd_ray.config.services import TrackingKind
 from opd_ray.console import StepLine
 from opd_ray.metrics import rollout_metrics, samples_shown
 from opd_ray.mismatch import MismatchWatch
-from opd_ray.protocol import GroupSummary, Metrics
+from opd_ray.pipeline_log import FILE as SPANS_FILE
+from opd_ray.pipeline_log import PipelineLog
+from opd_ray.protocol import GroupSummary, Metrics, ScoreSummary
 from opd_ray.state import RunDir
 
 
@@ -37,7 +39,7 @@ class Sink(Protocol):
 class RunTracker:
     """`Tracker` of a run dir. Nothing of a step stays in memory but its number."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - every place that numbers go to
         self,
         run_dir: RunDir,
         *,
@@ -46,9 +48,10 @@ class RunTracker:
         sinks: Sequence[Sink],
         line: StepLine,
         measured: Metrics = MappingProxyType({}),  # before the first step, and logged with it
+        pipeline: PipelineLog | None = None,
     ) -> None:
         self._steps = {line["step"] for line in _kept_lines(run_dir.path / "metrics.jsonl", step=step)}
-        for path in (run_dir.path / "samples.jsonl", run_dir.quarantine):
+        for path in (run_dir.path / "samples.jsonl", run_dir.path / SPANS_FILE, run_dir.quarantine):
             _kept_lines(path, step=step)
         self._run_dir = run_dir
         self._num_samples = num_samples
@@ -56,14 +59,28 @@ class RunTracker:
         self._line = line
         self._measured = dict(measured)
         self._mismatch = MismatchWatch()
+        self._pipeline = pipeline
         self._last = time.perf_counter()
 
-    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
+    def passed(self, phase: str) -> None:
+        """Note what the time since the last note went into."""
+        if self._pipeline:
+            self._pipeline.passed(phase)
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        summaries: Sequence[GroupSummary] = (),
+        scored: Sequence[ScoreSummary] = (),
+    ) -> None:
         """Record a step in every place: one line of metrics.jsonl."""
         record = {"step": step, **self._measured, **metrics}
         self._measured = {}
         if summaries:
             record |= rollout_metrics(summaries) | self._rates(metrics, summaries)
+        if summaries and self._pipeline:
+            record |= self._pipeline.step(step, [s.span for s in summaries], [s.span for s in scored])
         self._last = time.perf_counter()
         self._steps.add(step)
         self._append("metrics.jsonl", record)
@@ -76,6 +93,11 @@ class RunTracker:
         for warning in self._mismatch.warnings(record):
             record_event(self._run_dir, kind="engine_mismatch", message=f"step {step}: {warning}")
             self._line.say(f"warning: {warning}")
+        if self._pipeline and (hint := self._pipeline.hint(record)):
+            record_event(self._run_dir, kind="pools_badly_split", message=f"step {step}: {hint}")
+            self._line.say(f"hint: {hint}")
+        if self._pipeline:
+            self._pipeline.begin()
 
     def holds(self, step: int) -> bool:
         """Whether a step has been recorded, by this process or by the one that it resumes."""

@@ -19,7 +19,7 @@ from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
 from opd_ray.config.validate import validate_vocabulary
-from opd_ray.console import RunConsole
+from opd_ray.console import RunConsole, StepLine
 from opd_ray.controller import Fleets
 from opd_ray.data.models import inspect_models
 from opd_ray.data.teacher_context import with_room
@@ -27,6 +27,7 @@ from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.engine_checks import EngineTest, teacher_gaps
 from opd_ray.evaluation import HeldOut, greedy_summaries
 from opd_ray.metrics import mean_reward, summarise
+from opd_ray.pipeline_log import PipelineLog
 from opd_ray.plan import Plan, plan_run
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
@@ -34,7 +35,7 @@ from opd_ray.quarantine import DiskQuarantine
 from opd_ray.replay import prepare_recording
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
-from opd_ray.tracking import RunTracker, open_sinks, record_event
+from opd_ray.tracking import RunTracker, Sink, open_sinks, record_event
 from workers.faults import describe
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -79,9 +80,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
                 checkpoints.restore(step, fleets.learner, fleets.teacher)
             training = stack.enter_context(_training_fleets(config, fleets, console=console))
             with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
-                tracker = RunTracker(
-                    run_dir, step=step, num_samples=config.tracking.num_samples, sinks=sinks, line=line, measured=gaps
-                )
+                tracker = _open_tracker(config, run_dir, step=step, sinks=sinks, line=line, gaps=gaps)
                 loop = build_loop(
                     config,
                     fleets=fleets,
@@ -101,6 +100,20 @@ def train(config: Config, console: RunConsole) -> Metrics:
     console.table("Result", result_rows(summary, history=history, phases=console.phase_seconds))
     console.say("\n".join(closing_words(run_dir)))
     return summary
+
+
+def _open_tracker(
+    config: Config, run_dir: RunDir, *, step: int, sinks: list[Sink], line: StepLine, gaps: Metrics
+) -> RunTracker:
+    return RunTracker(
+        run_dir,
+        step=step,
+        num_samples=config.tracking.num_samples,
+        sinks=sinks,
+        line=line,
+        measured=gaps,
+        pipeline=PipelineLog(config, run_dir.path),
+    )
 
 
 def _plan(config: Config, console: RunConsole) -> Plan:

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from workers.lane import LANE
 from workers.placement import Pool
 
 _MAX_CONCURRENT_CALLS = 100_000  # back-pressure is the schedule's task, not the actor's
@@ -102,6 +103,7 @@ def _logged(worker_class: type, log_file: Path) -> type:
 
     def build(self: Any, **arguments: Any) -> None:
         redirect_output(log_file)
+        os.environ[LANE] = log_file.stem
         worker_class.__init__(self, **arguments)
 
     name = log_file.stem  # Ray quotes an actor's repr in its errors

@@ -15,6 +15,7 @@ Say = Callable[[str], None]
 
 _FIRST_WORD_S, _WORD_EVERY_S = 3.0, 10.0  # from the start of waiting; between two words
 _LOOK_EVERY_S = 0.5
+_LAST_LOOKS, _LOOK_AGAIN_S = 6, 0.2
 
 
 def _say_nothing(_: str) -> None:
@@ -63,10 +64,12 @@ def _wait(group: Any, all_pools: Sequence[Pool], *, timeout_s: float) -> None:
     while not ray.wait(ready, timeout=min(_LOOK_EVERY_S, timeout_s))[0]:
         passed_s = time.monotonic() - start
         if passed_s >= timeout_s:
+            remove_placement_group(group)
+            free = _free(num_looks=_LAST_LOOKS)
             raise ValueError(
                 f"no place for {_asked(all_pools)} within cluster.placement_timeout_s={timeout_s:g}; the cluster has"
-                f" {_free()}: lower one of these keys or *.cpus_per_*, *.gpus_per_*, wait until other work has left"
-                " the cluster, or raise cluster.placement_timeout_s"
+                f" {free}: lower one of these keys or *.cpus_per_*, *.gpus_per_*, wait until other work has left the"
+                " cluster, or raise cluster.placement_timeout_s"
             )
         if passed_s >= next_word_s:
             _say.get()(
@@ -86,9 +89,17 @@ def _asked(all_pools: Sequence[Pool]) -> str:
     return f"{words} on one GPU" if shares_one_gpu(all_pools) else words
 
 
-def _free() -> str:
-    """Return what is free of the cluster, in words."""
-    free, present = ray.available_resources(), capacity()
+def _free(*, num_looks: int = 1) -> str:
+    """Return what is free of the cluster, in words.
+
+    While Ray tries to place a group it counts the group's share as taken, and for a moment after that: the most of
+    several looks is free of such tries.
+    """
+    looks = [ray.available_resources()]
+    for _ in range(num_looks - 1):
+        time.sleep(_LOOK_AGAIN_S)
+        looks.append(ray.available_resources())
+    free, present = {kind: max(look.get(kind, 0.0) for look in looks) for kind in ("CPU", "GPU")}, capacity()
     parts = [f"{free.get(kind, 0):g} of {present[kind]:g} {kind}s" for kind in ("CPU", "GPU") if present[kind]]
     return f"{' and '.join(parts) or 'no CPUs'} free"
 

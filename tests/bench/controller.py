@@ -1,4 +1,4 @@
-"""Part `controller`: what the loop itself takes, with fleets that do nothing."""
+"""Part `controller`: what the loop, its window, dispatch, screen and tracker take, with fleets that do nothing."""
 
 import statistics
 import tempfile
@@ -30,12 +30,14 @@ from opd_ray.protocol import (
     ScoreSummary,
     WeightBundle,
 )
+from opd_ray.routing import DEFAULT_TEACHER, Teachers
 from opd_ray.schedule import Schedule
 from opd_ray.screen import TeacherScreen
 from opd_ray.services import BadGroup
 from opd_ray.state import RunDir
 from opd_ray.tracking import RunTracker
 from opd_ray.window import GroupWindow
+from workers.teacher.routed import RoutedTeachers
 
 _PART = "controller"
 _TASK = "bench"
@@ -84,7 +86,8 @@ def _leak_kb(prompts: Sequence[Prompt], *, num_steps: int) -> float:
 
 
 def _loop(prompts: Sequence[Prompt], *, num_groups: int, num_steps: int, folder: Path, line: "_Line") -> Loop:
-    fleets = Fleets(rollout=_Rollout(), teacher=_Teacher(), learner=_Learner())
+    teacher = RoutedTeachers({DEFAULT_TEACHER: _Teacher()}, Teachers(by_name={}, of_task={}))
+    fleets = Fleets(rollout=_Rollout(), teacher=teacher, learner=_Learner())
     schedule = Schedule(num_steps=num_steps, max_staleness=1, eval_every=0, save_every=0)
     dispatcher = Dispatcher(
         rollout=fleets.rollout,
@@ -148,7 +151,7 @@ class _Rollout:
 
 class _Teacher:
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:  # noqa: ARG002
-        return [ScoreHandle(teacher="teacher", summary=None, score=None) for _ in groups]
+        return [ScoreHandle(teacher=DEFAULT_TEACHER, summary=None, score=None) for _ in groups]
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         return [_SCORE] * len(scores)

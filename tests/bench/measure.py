@@ -26,7 +26,7 @@ def measure(step: Callable[[], object], *, reset: Callable[[], object], repeats:
 
     Everything that is not to be charged to the step must exist, and have been written to, before the call.
     """
-    baseline = _restart_peak(device)
+    baseline = restart_peak(device)
     step()
     peak_bytes = _peak_bytes(device) - baseline
     times_s = []
@@ -56,7 +56,7 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _restart_peak(device: str) -> int:
+def restart_peak(device: str) -> int:
     """Set the peak to what is held now, in bytes, and return that."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -65,7 +65,7 @@ def _restart_peak(device: str) -> int:
     # Where the system does not allow it, the peak is the whole process's: the same, as long as the set-up stays lower.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _return_free_memory() -> None:
@@ -75,9 +75,10 @@ def _return_free_memory() -> None:
 
 
 def _peak_bytes(device: str) -> int:
-    return int(torch.cuda.max_memory_allocated()) if device == "cuda" else _status_bytes("VmHWM")
+    return int(torch.cuda.max_memory_allocated()) if device == "cuda" else status_bytes("VmHWM")
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a size that the system keeps of this process, such as RssAnon: memory of its own."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields[field].split()[0]) * 1024

@@ -7,7 +7,10 @@ from controller import controller
 from harness import Figure, record
 from loss import loss
 from loss_gpu import loss_gpu
+from object_store import object_store
 from packing import packing
+from pipeline import pipeline
+from sync import sync
 from teacher import teacher
 from teacher_gpu import teacher_gpu
 
@@ -15,7 +18,10 @@ PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "controller": controller,
     "loss": loss,
     "loss_gpu": loss_gpu,
+    "object_store": object_store,
     "packing": packing,
+    "pipeline": pipeline,
+    "sync": sync,
     "teacher": teacher,
     "teacher_gpu": teacher_gpu,
 }

@@ -13,6 +13,8 @@ from helpers import read_lines, run_train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
+from opd_ray.pipeline_log import read_windows
+
 pytestmark = pytest.mark.ray
 
 Overrides = Callable[..., list[str]]
@@ -186,6 +188,13 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
     assert max(m["train/token_age_mean"] for m in steps) > 0
     assert all(m["rollout/logprob_gap_max"] < 1e-4 for m in steps if "rollout/logprob_gap_max" in m)
     assert all("rollout/accuracy" in m for m in steps)
+    pools = ("rollout", "teacher", "learner")
+    assert all(0 < m[f"perf/{pool}_utilisation"] <= 1 for m in steps[1:] for pool in pools)  # of the step before
+    assert not any(f"perf/{pool}_utilisation" in steps[0] for pool in pools)
+    windows = read_windows(tmp_path / "runs" / "test", last=9)
+    assert [window.step for window in windows] == [1, 2, 3]
+    lanes = {(span.lane, span.phase) for window in windows for span in window.spans}
+    assert lanes >= {("rollout-0", "generate"), ("rollout-1", "generate"), ("teacher-0", "score"), ("learner", "learn")}
 
 
 def test_a_few_updates_bring_the_student_nearer_to_its_teacher(overrides: Overrides) -> None:

@@ -221,11 +221,21 @@ class FakeTracker:
     events: list[Event]
     metrics: dict[int, Metrics] = field(default_factory=dict)
     summaries: dict[int, Sequence[GroupSummary]] = field(default_factory=dict)
+    scored: dict[int, Sequence[ScoreSummary]] = field(default_factory=dict)
     held: set[int] = field(default_factory=set)  # recorded by the process before
 
-    def log(self, step: int, metrics: Metrics, summaries: Sequence[GroupSummary] = ()) -> None:
+    def passed(self, phase: str) -> None:
+        pass
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        summaries: Sequence[GroupSummary] = (),
+        scored: Sequence[ScoreSummary] = (),
+    ) -> None:
         self.events.append(("log", step))
-        self.metrics[step], self.summaries[step] = metrics, summaries
+        self.metrics[step], self.summaries[step], self.scored[step] = metrics, summaries, scored
 
     def holds(self, step: int) -> bool:
         return step in self.metrics or step in self.held

@@ -6,6 +6,7 @@ vLLM is imported when a worker is built: the driver needs the class only.
 import asyncio
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from opd_ray.protocol import (
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
 from workers.engine_sleep import DISCARD_WEIGHTS, KEEP_WEIGHTS, fall_asleep, wake_up
+from workers.lane import span_since
 from workers.rollout.turns import Turn, Turns
 from workers.sync.adapter import adapter_args
 from workers.sync.choose import ENGINES
@@ -142,14 +144,17 @@ class RolloutWorker:
         if turn is None:
             async with self._version_changed:
                 await self._version_changed.wait_for(lambda: self._version >= request.version)
+            at_work = time.time()
             futures = self._loop.submit_together(sequences)
         else:  # the load of its version has an earlier turn
             futures = await self._turns.submit(turn, sequences)
+            at_work = time.time()
         completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         samples = [output.outputs[0] for output in completions]
         texts = [self._tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in samples]
         group = build_group(request, samples, rewards=_rewards(request.prompt, texts))
-        return self._summarise(request, group, text=texts[0], seconds=time.perf_counter() - start), group
+        summary = self._summarise(request, group, text=texts[0], seconds=time.perf_counter() - start)
+        return replace(summary, span=span_since(at_work)), group
 
     def _sequences(self, request: GenerateRequest) -> list[tuple[Int32, Any]]:
         return [

@@ -13,6 +13,7 @@ from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.protocol import Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from opd_ray.requests import follows_student
+from workers.lane import span_since
 from workers.teacher.aligned import AlignedTeacher, Scorer
 from workers.teacher.ema import EmaTeacher
 from workers.teacher.errors import BadScore
@@ -85,7 +86,9 @@ class TeacherActor:
         if not self._is_recorded:
             group = _as_teacher_reads(group)
         async with self._alone:
-            return await answered(self._scorer, group, request, vocab_size=self._vocab_size)
+            start = time.time()
+            summary, score = await answered(self._scorer, group, request, vocab_size=self._vocab_size)
+            return replace(summary, span=span_since(start)), score
 
     async def sleep(self) -> None:
         """Give the memory of the GPU back; no `score` may be under way. Without an engine there is none."""

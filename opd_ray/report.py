@@ -1,0 +1,84 @@
+"""Entry point: writes one HTML page of each run that is named, `python -m opd_ray.report runs/demo`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from opd_ray.pipeline_log import read_windows
+from opd_ray.reporting.page import RunRecord, render
+
+_PAGE = "report.html"
+_NUM_WINDOWS = 6
+_USER_ERROR = 2
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Return what a run dir holds. Raises ValueError for a folder that is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; expected a run dir such as runs/demo")
+    config_file = folder / "config.yaml"
+    if not config_file.exists():
+        raise ValueError(f"{folder} is no run dir: it has no config.yaml; expected one that opd_ray.train has written")
+    text = config_file.read_text()
+    config: Any = OmegaConf.create(text)
+    history = [{k: v for k, v in line.items() if v is not None} for line in _lines(folder / "metrics.jsonl")]
+    summary_file = folder / "summary.json"
+    events = _lines(folder / "events.jsonl")
+    return RunRecord(
+        name=str(OmegaConf.select(config, "name", default=folder.name)),
+        config=text,
+        headline=_headline(config),
+        history=history,
+        summary=json.loads(summary_file.read_text()) if summary_file.exists() else {},
+        windows=read_windows(folder, last=_NUM_WINDOWS),
+        hints=[event["message"] for event in events if event.get("kind") == "pools_badly_split"],
+    )
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of a run into its folder and return where it is. Raises ValueError, OSError."""
+    page = folder / _PAGE
+    page.write_text(render(read_run(folder)))
+    return page
+
+
+def _headline(config: Any) -> str:
+    known = {
+        "student": "student.path",
+        "teacher": "teacher.path",
+        "objective": "objective.kind",
+        "steps": "num_steps",
+        "staleness": "max_staleness",
+    }
+    values = {name: OmegaConf.select(config, key, default=None) for name, key in known.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON lines file; a last line that is cut short, of a run that goes on, is left out."""
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    try:
+        return [json.loads(line) for line in whole]
+    except json.JSONDecodeError as fault:
+        what = f"{path} holds a line that is no JSON ({fault.msg})"
+        raise ValueError(f"{what}; expected a file that opd_ray.train has written") from None
+
+
+def main() -> None:
+    """Write the pages that the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m opd_ray.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run dir, such as runs/demo")
+    try:
+        for folder in parser.parse_args().runs:
+            print(write_report(folder))
+    except (ValueError, OSError) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        raise SystemExit(_USER_ERROR) from None
+
+
+if __name__ == "__main__":
+    main()

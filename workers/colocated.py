@@ -69,7 +69,7 @@ class ColocatedLearner:
         asleep = time.perf_counter()
         try:
             learned = self._learner.update(batch)
-        except Exception:
+        except RayError:
             with suppress(RayError):  # the failed update is what has to be told
                 self._wake()
             raise

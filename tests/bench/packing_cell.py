@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from models import random_model
+from models import random_20m
 from transformers import Qwen3ForCausalLM
 
 from opd_ray.data.packing import pack, pad
@@ -40,14 +40,7 @@ def main(cuts: dict[str, list[list[int]]]) -> None:
 def _model() -> Qwen3ForCausalLM:
     """Return a model of 20 million parameters."""
     register()
-    return random_model(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=7,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-    ).train()
+    return random_20m(vocab_size=_VOCAB_SIZE)
 
 
 def _states(model: Qwen3ForCausalLM, lengths: Sequence[int], *, packed: bool) -> torch.Tensor:

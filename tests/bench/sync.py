@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import torch
 from harness import Figure, at_most
-from models import random_model
+from models import random_20m, random_model
 
 from opd_ray.config.services import ClusterConfig
 from workers.placement import connect
@@ -99,14 +99,7 @@ def _speed(size: str, num_layers: int) -> Iterator[Figure]:
 
 def _changed_shares() -> dict[float, float]:
     """Return, by learning rate, which share of a 20M model's elements has other bits in bfloat16 after one update."""
-    model = random_model(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=7,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-    ).train()
+    model = random_20m(vocab_size=_VOCAB_SIZE)
     ids_BT = torch.randint(_VOCAB_SIZE, _BATCH)
     model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
     start = [parameter.detach().clone() for parameter in model.parameters()]

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config
 from opd_ray.console import RunConsole
-from opd_ray.protocol import Metrics, Prompt, TrajectoryGroup
+from opd_ray.protocol import GenerateRequest, Metrics, Prompt, SamplingOptions, TrajectoryGroup
 from opd_ray.train import train
+from workers.rollout.turns import Turn
+from workers.rollout.worker import RolloutWorker
+from workers.weights import published
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -64,6 +67,28 @@ def sampled(logprobs_NV: torch.Tensor, group: TrajectoryGroup) -> torch.Tensor:
 def make_prompt(*ids: int, answer: str | None = None) -> Prompt:
     """Return a prompt of given tokens."""
     return Prompt(ids_P=np.array(ids, dtype=np.int32), index=0, task="exact", verifier="exact", answer=answer)
+
+
+def make_request(*ids: int, version: int, seed: int = 0, answer: str | None = None, **sampling: Any) -> GenerateRequest:
+    """Return a request for samples behind given tokens, from the whole distribution unless told otherwise."""
+    options: dict[str, Any] = {"num_samples": 2, "max_response_tokens": 12, "temperature": 1.0, "top_p": 1.0}
+    options |= {"support_size": 0, "support_top_p": 1.0, **sampling}
+    return GenerateRequest(
+        prompt=make_prompt(*ids, answer=answer),
+        sampling=SamplingOptions(**options),
+        version=version,
+        seed=seed,
+        step=0,
+        position=0,
+    )
+
+
+async def load_version(
+    worker: RolloutWorker, model: torch.nn.Module, version: int, *, turn: Turn | None = None
+) -> None:
+    """Have a rollout worker take a model's weights as a version of the student."""
+    await worker.prepare(*published(model.named_parameters(), version=version), turn)
+    await worker.commit(version)
 
 
 def make_group(prompt: list[int], *responses: list[int], version: int = 0) -> TrajectoryGroup:

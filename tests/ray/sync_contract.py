@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from helpers import make_prompt, reference_logprobs, reference_model, sampled
+from helpers import make_request, reference_logprobs, reference_model, sampled
 
 from opd_ray.config.schema import Config
-from opd_ray.protocol import GenerateRequest, SamplingOptions, TrajectoryGroup
+from opd_ray.protocol import TrajectoryGroup
 from opd_ray.requests import ObjectiveIds
 from opd_ray.weight_sync import chosen_sync
 from workers.fleet import Berth
@@ -30,7 +30,6 @@ from workers.sync.deliver import catch_up, deliver
 
 _MAX_GAP = 1e-4  # nats, float32
 _SHORT_S = 3.0
-_FIRST = {"step": 0, "position": 0}
 
 
 class ChangingLearner(LearnerWorker):
@@ -80,12 +79,7 @@ class Stack:
 
     def ask(self, worker: Any, *, version: int) -> Any:
         """Ask one worker for samples; return the reference to its group."""
-        sampling = SamplingOptions(
-            num_samples=2, max_response_tokens=8, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
-        )
-        request = GenerateRequest(
-            prompt=make_prompt(1, 2, 3, 4), sampling=sampling, version=version, seed=version, step=0, position=0
-        )
+        request = make_request(1, 2, 3, 4, version=version, seed=version, max_response_tokens=8)
         _, group = worker.generate.options(num_returns=2).remote(request)
         return group
 

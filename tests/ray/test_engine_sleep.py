@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import make_group, make_prompt, reference_logprobs, reference_model, sampled
+from helpers import load_version, make_group, make_request, reference_logprobs, reference_model, sampled
 
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Dtype, RolloutConfig, TeacherConfig
-from opd_ray.protocol import GenerateRequest, Payload, SampledScore, SamplingOptions, ScoreRequest, TrajectoryGroup
+from opd_ray.protocol import Payload, SampledScore, ScoreRequest, TrajectoryGroup
 from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.teacher.worker import TeacherWorker
-from workers.weights import published
 
 pytestmark = pytest.mark.ray
 
@@ -24,24 +23,9 @@ _REQUEST = ScoreRequest(payload=Payload.sampled)
 
 
 async def _sample(worker: RolloutWorker, *, version: int, max_response_tokens: int = 12) -> TrajectoryGroup:
-    options = SamplingOptions(
-        num_samples=2,
-        max_response_tokens=max_response_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        support_size=0,
-        support_top_p=1.0,
-    )
-    request = GenerateRequest(
-        prompt=make_prompt(1, 2, 3), sampling=options, version=version, seed=0, step=0, position=0
-    )
+    request = make_request(1, 2, 3, version=version, max_response_tokens=max_response_tokens)
     _, group = await worker.generate(request)
     return group
-
-
-async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int) -> None:
-    await worker.prepare(*published(model.named_parameters(), version=version))
-    await worker.commit(version)
 
 
 def _rollout(folder: str) -> RolloutWorker:
@@ -56,7 +40,7 @@ def test_after_sleeping_a_rollout_worker_serves_nothing_until_it_has_weights_aga
 
     async def scenario() -> None:
         worker = _rollout(folder)
-        await _load(worker, model, version=0)
+        await load_version(worker, model, 0)
         await _sample(worker, version=0)
         await worker.sleep()
         assert await worker.held_version() == -1
@@ -64,7 +48,7 @@ def test_after_sleeping_a_rollout_worker_serves_nothing_until_it_has_weights_aga
         await worker.wake()
         done, _ = await asyncio.wait([waiting], timeout=_SHORT_S)
         assert not done
-        await _load(worker, model, version=1)
+        await load_version(worker, model, 1)
         for group in (await waiting, await _sample(worker, version=1)):
             truth_N = sampled(reference_logprobs(model, group), group).detach().numpy()
             np.testing.assert_allclose(group.sampled_logprobs, truth_N, atol=1e-5)
@@ -78,7 +62,7 @@ def test_an_engine_with_running_sequences_does_not_fall_asleep_under_them(model_
 
     async def scenario() -> None:
         worker = _rollout(folder)
-        await _load(worker, reference_model(folder), version=0)
+        await load_version(worker, reference_model(folder), 0)
         running = asyncio.create_task(_sample(worker, version=0, max_response_tokens=100))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

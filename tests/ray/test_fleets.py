@@ -5,15 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
-from helpers import compose_config, make_prompt
+from helpers import compose_config, make_request
 
-from opd_ray.protocol import GenerateRequest, Payload, SamplingOptions, ScoreRequest
+from opd_ray.protocol import Payload, ScoreRequest
 from opd_ray.requests import ObjectiveIds
 from workers import connected, open_fleets
 
@@ -26,13 +25,9 @@ def test_a_finished_group_is_scored_while_others_still_generate(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     config = compose_config(overrides("rollout.max_response_tokens=96", "learner.max_tokens_per_micro_batch=120"))
-    short = SamplingOptions(
-        num_samples=1, max_response_tokens=1, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
-    )
-    long = replace(short, num_samples=8, max_response_tokens=96)
     requests = [
-        GenerateRequest(prompt=make_prompt(1, 2, 3), sampling=sampling, version=0, seed=1, step=0, position=0)
-        for sampling in (long, short)
+        make_request(1, 2, 3, version=0, seed=1, num_samples=num_samples, max_response_tokens=max_response_tokens)
+        for num_samples, max_response_tokens in ((8, 96), (1, 1))
     ]
     ids = ObjectiveIds(masked=(), equivalent=())
     room = {"teacher": config.data.max_prompt_tokens}

@@ -8,19 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import make_prompt, reference_logprobs, reference_model, sampled
+from helpers import make_request, reference_logprobs, reference_model, sampled
 
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Dtype, RolloutConfig
 from opd_ray.config.student import LoraConfig
 from opd_ray.data.lora import adapter_parameters, add_adapters
-from opd_ray.protocol import GenerateRequest, SamplingOptions, TrajectoryGroup
+from opd_ray.protocol import GenerateRequest, TrajectoryGroup
 from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.weights import Buffers, LoraSpec, WeightManifest, published
 
 pytestmark = pytest.mark.ray
 
-_FIRST = {"step": 0, "position": 0}
 _ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
 
 
@@ -36,18 +35,8 @@ def _worker(folder: str, lora: LoraConfig) -> RolloutWorker:
     )
 
 
-def _request(*, version: int, seed: int = 0, max_response_tokens: int = 12) -> GenerateRequest:
-    options = SamplingOptions(
-        num_samples=4,
-        max_response_tokens=max_response_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        support_size=0,
-        support_top_p=1.0,
-    )
-    return GenerateRequest(
-        prompt=make_prompt(1, 2, 3, 4, 5), sampling=options, version=version, seed=seed, step=0, position=0
-    )
+def _request(*, version: int, seed: int = 0, **sampling: Any) -> GenerateRequest:
+    return make_request(1, 2, 3, 4, 5, version=version, seed=seed, num_samples=4, **sampling)
 
 
 def _set_adapters(model: torch.nn.Module, *, version: int) -> None:

@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import make_prompt, reference_logprobs, reference_model, sampled
+from helpers import load_version, make_request, reference_logprobs, reference_model, sampled
 
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Dtype, RolloutConfig
-from opd_ray.protocol import GenerateRequest, GroupSummary, SamplingOptions, TrajectoryGroup
+from opd_ray.protocol import GenerateRequest, GroupSummary, TrajectoryGroup
 from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
-from workers.weights import published
 
 pytestmark = pytest.mark.ray
 
 _ENGINE_ARGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
-_PROMPT = make_prompt(*([1, 2, 3, 4, 5] * 8), answer="1")  # longer than a block of the prefix cache
+_PROMPT_IDS = [1, 2, 3, 4, 5] * 8  # longer than a block of the prefix cache
 
 
 def _worker(folder: str, *, correct_top_p: bool = False, **options: Any) -> RolloutWorker:
@@ -30,24 +29,8 @@ def _worker(folder: str, *, correct_top_p: bool = False, **options: Any) -> Roll
     )
 
 
-_SAMPLING: dict[str, Any] = {
-    "num_samples": 4,
-    "max_response_tokens": 12,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "support_size": 0,
-    "support_top_p": 1.0,
-}
-
-
 def _request(*, version: int, seed: int = 0, **sampling: Any) -> GenerateRequest:
-    options = SamplingOptions(**_SAMPLING | sampling)
-    return GenerateRequest(prompt=_PROMPT, sampling=options, version=version, seed=seed, step=0, position=0)
-
-
-async def _load(worker: RolloutWorker, model: torch.nn.Module, *, version: int, turn: Turn | None = None) -> None:
-    await worker.prepare(*published(model.named_parameters(), version=version), turn)
-    await worker.commit(version)
+    return make_request(*_PROMPT_IDS, version=version, seed=seed, answer="1", **{"num_samples": 4} | sampling)
 
 
 async def _generate(worker: RolloutWorker, *requests: GenerateRequest) -> list[tuple[GroupSummary, TrajectoryGroup]]:
@@ -69,7 +52,7 @@ def test_log_probs_are_those_of_the_published_weights_after_every_update(model_f
     async def scenario() -> None:
         worker = _worker(folder)
         for version in range(3):
-            await _load(worker, model, version=version)
+            await load_version(worker, model, version)
             for summary, group in await _generate(worker, *(_request(version=version, seed=s) for s in range(4))):
                 truth = sampled(reference_logprobs(model, group), group).detach().numpy()
                 np.testing.assert_allclose(group.sampled_logprobs, truth, atol=1e-5)
@@ -87,11 +70,11 @@ def test_a_request_waits_for_the_version_it_asks_for(model_folder: Any) -> None:
 
     async def scenario() -> None:
         worker = _worker(folder)
-        await _load(worker, model, version=0)
+        await load_version(worker, model, 0)
         early = asyncio.create_task(worker.generate(_request(version=1)))
         await _generate(worker, _request(version=0))
         assert not early.done()
-        await _load(worker, model, version=1)
+        await load_version(worker, model, 1)
         _, group = await early
         assert (group.token_versions == 1).all()
 
@@ -105,12 +88,12 @@ def test_running_sequences_go_on_under_new_weights_or_are_let_finish_first(model
     async def scenario() -> None:
         worker = _worker(folder, update_in_flight=in_flight)
         model = reference_model(folder)
-        await _load(worker, model, version=0)
+        await load_version(worker, model, 0)
         running = asyncio.create_task(worker.generate(_request(version=0, max_response_tokens=20)))
         version = 0
         while not running.done():  # publish again and again while it samples
             version += 1
-            await _load(worker, model, version=version)
+            await load_version(worker, model, version)
         summary, group = await running
         assert summary.oldest_version == group.token_versions.min()
         versions = [np.unique(group.token_versions[a:b]) for a, b in itertools.pairwise(group.offsets)]
@@ -133,7 +116,7 @@ def test_in_turn_groups_have_the_same_bits_in_any_order_of_arrival(model_folder:
         requests = [_request(version=0, seed=seed, num_samples=2) for seed in range(12)]
         for number, order in enumerate((range(12), reversed(range(12)), [5, 0, 11, *range(1, 5), *range(6, 11)])):
             if number == 0:
-                await _load(worker, reference_model(folder), version=0, turn=Turn(number=0))
+                await load_version(worker, reference_model(folder), 0, turn=Turn(number=0))
             groups: dict[int, TrajectoryGroup] = {}
 
             async def ask(index: int, number: int = number, groups: Any = groups) -> None:
@@ -158,7 +141,7 @@ def test_the_same_request_gives_the_same_samples_and_each_sample_differs(model_f
     async def scenario() -> None:
         folder = model_folder(seed=1)
         worker = _worker(folder)
-        await _load(worker, reference_model(folder), version=0)
+        await load_version(worker, reference_model(folder), 0)
         (_, first), (_, again) = await _generate(worker, _request(version=0, seed=5), _request(version=0, seed=5))
         np.testing.assert_array_equal(first.response_ids, again.response_ids)
         responses = {tuple(first.response_ids[a:b]) for a, b in zip(first.offsets[:-1], first.offsets[1:], strict=True)}
@@ -173,7 +156,7 @@ def test_log_probs_are_taken_at_the_rollout_temperature(model_folder: Any) -> No
     async def scenario() -> None:
         worker = _worker(folder, temperature=0.5)
         model = reference_model(folder)
-        await _load(worker, model, version=0)
+        await load_version(worker, model, 0)
         _, group = (await _generate(worker, _request(version=0, temperature=0.5)))[0]
         truth = sampled((reference_logprobs(model, group) / 0.5).log_softmax(-1), group).detach().numpy()
         np.testing.assert_allclose(group.sampled_logprobs, truth, atol=1e-5)
@@ -188,7 +171,7 @@ def test_the_students_own_support_is_its_top_k_at_every_position(model_folder: A
     async def scenario() -> None:
         worker = _worker(folder, temperature=temperature)
         model = reference_model(folder)
-        await _load(worker, model, version=0)
+        await load_version(worker, model, 0)
         request = _request(version=0, temperature=temperature, support_size=size, support_top_p=0.9)
         _, group = (await _generate(worker, request))[0]
         truth_NV = (reference_logprobs(model, group) / temperature).log_softmax(-1).detach()
@@ -208,7 +191,7 @@ def test_with_a_corrected_nucleus_log_probs_are_renormalised_in_it(model_folder:
     async def scenario() -> None:
         worker = _worker(folder, top_p=top_p, correct_top_p=True)
         model = reference_model(folder)
-        await _load(worker, model, version=0)
+        await load_version(worker, model, 0)
         _, group = (await _generate(worker, _request(version=0, top_p=top_p)))[0]
         truth_NV = reference_logprobs(model, group).detach()
         sorted_NV, order_NV = truth_NV.exp().sort(-1, descending=True)
@@ -227,7 +210,7 @@ def test_more_seeded_prompts_than_one_prefill_holds_are_served(model_folder: Any
 
     async def scenario() -> None:
         worker = _worker(folder)
-        await _load(worker, reference_model(folder), version=0)
+        await load_version(worker, reference_model(folder), 0)
         requests = [_request(version=0, seed=seed) for seed in range(64)]
         assert len(await _generate(worker, *requests)) == 64
 

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import compose_config, make_prompt, reference_logprobs, reference_model, sampled
+from helpers import (
+    compose_config,
+    load_version,
+    make_request,
+    reference_logprobs,
+    reference_model,
+    sampled,
+)
 from sync_contract import (
     check_a_worker_that_missed_a_version_waits_for_it,
     check_contract,
@@ -19,7 +26,7 @@ from sync_contract import (
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import Dtype, RolloutConfig
 from opd_ray.config.weight_sync import WeightSync
-from opd_ray.protocol import GenerateRequest, SamplingOptions, TrajectoryGroup
+from opd_ray.protocol import TrajectoryGroup
 from workers import connected
 from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.weights import published
@@ -27,7 +34,6 @@ from workers.weights import published
 pytestmark = pytest.mark.ray
 
 _SHORT_S = 1.0
-_FIRST = {"step": 0, "position": 0}
 
 
 @pytest.mark.parametrize(("tied", "zero_stage"), [(False, 3), (True, 2)], ids=["untied head, ZeRO-3", "tied head"])
@@ -56,12 +62,7 @@ def _worker(folder: str, *, dtype: Dtype, weight_sync: WeightSync = WeightSync.o
 
 
 async def _sample(worker: RolloutWorker, *, version: int) -> TrajectoryGroup:
-    sampling = SamplingOptions(
-        num_samples=2, max_response_tokens=12, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
-    )
-    request = GenerateRequest(
-        prompt=make_prompt(1, 2, 3), sampling=sampling, version=version, seed=0, step=0, position=0
-    )
+    request = make_request(1, 2, 3, version=version)
     _, group = await worker.generate(request)
     return group
 
@@ -121,8 +122,7 @@ def test_a_load_that_fails_between_two_tensors_leaves_nothing_behind_in_the_next
         done, _ = await asyncio.wait([waiting], timeout=_SHORT_S)
         assert not done
         _disturb(model)
-        await worker.prepare(*published(model.named_parameters(), version=1))
-        await worker.commit(1)
+        await load_version(worker, model, 1)
         assert _gap(model, await waiting) < 1e-4
         assert _gap(model, await _sample(worker, version=1)) < 1e-4
 
@@ -136,8 +136,7 @@ def test_a_worker_of_a_native_way_that_missed_a_version_takes_it_from_the_object
 
     async def scenario() -> None:
         worker = _worker(folder, dtype=Dtype.float32, weight_sync=WeightSync.nccl)
-        await worker.prepare(*published(model.named_parameters(), version=4))
-        await worker.commit(4)
+        await load_version(worker, model, 4)
         assert _gap(model, await _sample(worker, version=4)) < 1e-4
 
     asyncio.run(scenario())
@@ -149,8 +148,7 @@ def test_a_publication_of_another_model_is_refused_before_anything_changes(model
 
     async def scenario() -> None:
         worker = _worker(folder, dtype=Dtype.float32)
-        await worker.prepare(*published(model.named_parameters(), version=0))
-        await worker.commit(0)
+        await load_version(worker, model, 0)
         with pytest.raises(ValueError, match=r"version 1: model.embed_tokens.weight has shape \(32, 128\)"):
             await worker.prepare(*published(wider.named_parameters(), version=1))
         assert await worker.held_version() == 0

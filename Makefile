@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The environment is current while the lock, the project file and the interpreter are what it was built from.
 STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -f1)
 # What the benchmark compares with, kept apart from the environment: nothing else can import it.
-LIGER_VERSION := 0.8.5
-LIGER := $(VENV)/bench/liger_kernel-$(LIGER_VERSION).dist-info
+RIVALS := liger-kernel==0.8.5 trl==1.16.0 datasets==5.2.0 pandas==3.1.1 multiprocess==0.70.19 python-dateutil==4.0.0
+RIVALS_STAMP := $(VENV)/bench/.built-$(shell echo $(RIVALS) | cksum | cut -d' ' -f1)
 
 .PHONY: help setup demo test slow check unit bench clean
 
@@ -50,11 +50,12 @@ test: check  ## the checks and the tests that need no GPU, but for the slow ones
 slow: setup  ## the slow tests of the real stack: servers that die, resumed and longer runs
 	@$(BIN)/python -m pytest -q -m slow --durations=5 tests
 
-bench: $(LIGER)  ## measure all parts, or PART=loss, into runs/bench/bench.json
+bench: $(RIVALS_STAMP)  ## measure all parts, or PART=loss, into runs/bench/bench.json
 	@$(BIN)/python tests/bench/run.py $(PART)
 
-$(LIGER): $(STAMP)
-	@$(PIP) install --no-deps --upgrade --target $(VENV)/bench liger-kernel==$(LIGER_VERSION)
+$(RIVALS_STAMP): $(STAMP)
+	@rm -rf $(VENV)/bench
+	@$(PIP) install --no-deps --target $(VENV)/bench $(RIVALS)
 	@touch $@
 
 clean:  ## remove the environment and the caches, not the runs

@@ -5,13 +5,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from workers.lane import LANE
 from workers.placement import Pool
+
+T = TypeVar("T")
 
 _MAX_CONCURRENT_CALLS = 100_000  # back-pressure is the schedule's task, not the actor's
 
@@ -79,6 +81,12 @@ def spawn_here(worker_class: type, *, name: str, log_dir: Path, arguments: dict[
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(_logged(worker_class, log_dir / f"{name}.log"))
     return actor.options(name=name, num_cpus=0, scheduling_strategy=node).remote(**arguments)
+
+
+def in_calls(items: Sequence[T], most: int, *, num_workers: int) -> list[Sequence[T]]:
+    """Cut items into calls of at most so many each, in order; fewer where some worker would get none."""
+    size = min(most, -(-len(items) // num_workers))
+    return [items[start : start + size] for start in range(0, len(items), max(size, 1))]
 
 
 def kill(actors: Sequence[Any]) -> None:

@@ -127,6 +127,7 @@ def _teachers(
             config=teacher,
             berth=berth,
             arguments={**arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
+            groups_per_call=config.rollout.groups_per_call,
             worker_class=worker_class,
         )
         fleets[name] = _in_turn(fleet, berth=berth)

@@ -208,6 +208,7 @@ class RolloutConfig:
     dtype: Dtype = Dtype.bfloat16
     update_in_flight: bool = True  # running sequences go on under new weights; false: they finish under the old first
     overprovision: float = 0.0  # more groups in flight, of batch.num_prompts: an update learns from the first to finish
+    groups_per_call: int = 1  # travel and leave together, to be scored too: for short responses, whose calls cost more
     num_workers: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
@@ -216,7 +217,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.overprovision <= 1, "rollout.overprovision", self.overprovision, "a number from 0 to 1")
-        for name in ("samples_per_prompt", "max_response_tokens", "num_workers"):
+        for name in ("samples_per_prompt", "max_response_tokens", "groups_per_call", "num_workers"):
             _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "an integer of at least 1")
         _require(self.temperature > 0, "rollout.temperature", self.temperature, "a number above 0")
         _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a number in (0, 1]")

@@ -1,6 +1,7 @@
 """What a part of the benchmark reports, and how one of its cells is run: figures, the file they go to, subprocesses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,7 +34,9 @@ class Figure:
 
 
 def at_most(limit: float, *, part: str, name: str, value: float, unit: str) -> Figure:
-    """Return a figure whose target is an upper limit; NaN misses it."""
+    """Return a figure whose target is an upper limit, without one if that is infinite; NaN misses it."""
+    if limit == math.inf:
+        return Figure(part=part, name=name, value=value, unit=unit)
     return Figure(part=part, name=name, value=value, unit=unit, target=f"<= {limit:g}", holds=value <= limit)
 
 

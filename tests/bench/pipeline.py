@@ -48,47 +48,57 @@ _SLEEPERS = WorkerClasses(rollout=SleepingRollout, teacher=SleepingTeacher, lear
 def pipeline() -> Iterator[Figure]:
     """Yield the figures of the part; about 6 minutes.
 
-    <case>_s1 is the run's time over that of its most loaded pool; <case>_s1_unhindered is what the same schedule would
-    take of it without any overhead: what is between that and 1 is the window's and the long tail's doing. <case>_s0 is
-    the run's time over the sum of its critical paths. How all are computed: `pipeline_work.Workload`.
+    <case>_s0 is the run's time over the sum of its critical paths, <case>_s1 over the longest of its three phases, the
+    first step aside. The most loaded pool without a pause is a bound below that: <case>_s1_busiest is the run's time
+    over it, and <case>_s1_unhindered what the same schedule would take without any overhead: what is between that and 1
+    is the window's and the long tail's doing. How all are computed: `pipeline_work.Workload`.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder))
         with connected(config), _fleets(config) as fleets:
             for case in CASES:
-                yield _strict(config, fleets, case)
+                yield from _strict(config, fleets, case)
                 yield from _pipelined(config, fleets, case, max_staleness=1, limit=_MAX_PIPELINED)
             for case in ("balanced", "rollout_bound"):
                 yield from _pipelined(config, fleets, case, max_staleness=2)
             over = replace(config, max_staleness=1, rollout=replace(config.rollout, overprovision=1.0))
             work = Workload(case="rollout_bound", num_steps=_NUM_STEPS)
-            seconds, _ = _run(over, fleets, work)
-            yield _ratio(seconds / work.busiest_s(), name="rollout_bound_s1_overprovision_1")
+            times, _ = _run(over, fleets, work)
+            yield _of_busiest(
+                (times[-1] - times[0]) / work.busiest_s(), name="rollout_bound_s1_overprovision_1_busiest"
+            )
 
 
-def _strict(config: Config, fleets: Fleets, case: str) -> Figure:
+def _strict(config: Config, fleets: Fleets, case: str) -> Iterator[Figure]:
     work = Workload(case=case, num_steps=_NUM_STRICT_STEPS)
-    seconds, served = _run(replace(config, max_staleness=0), fleets, work)
-    ratio = seconds / work.unhindered_s(served, max_staleness=0)
-    return at_most(_MAX_STRICT, part=_PART, name=f"{case}_s0", value=ratio, unit="of critical path")
+    times, served = _run(replace(config, max_staleness=0), fleets, work)
+    seconds = times[-1] - times[0]
+    critical_s = work.unhindered_s(served, max_staleness=0)
+    yield _overhead(seconds - critical_s, work, name=f"{case}_s0")
+    yield at_most(_MAX_STRICT, part=_PART, name=f"{case}_s0", value=seconds / critical_s, unit="of critical path")
 
 
 def _pipelined(
     config: Config, fleets: Fleets, case: str, *, max_staleness: int, limit: float = math.inf
 ) -> Iterator[Figure]:
     work = Workload(case=case, num_steps=_NUM_STEPS)
-    seconds, served = _run(replace(config, max_staleness=max_staleness), fleets, work)
+    times, served = _run(replace(config, max_staleness=max_staleness), fleets, work)
+    seconds = times[-1] - times[0]
     unhindered_s = work.unhindered_s(served, max_staleness=max_staleness)
     name = f"{case}_s{max_staleness}"
-    yield _ratio(unhindered_s / work.busiest_s(), name=f"{name}_unhindered")
-    yield _ratio(seconds / work.busiest_s(), name=name, limit=limit)
+    yield _of_busiest(unhindered_s / work.busiest_s(), name=f"{name}_unhindered")
+    yield _of_busiest(seconds / work.busiest_s(), name=f"{name}_busiest")
+    yield _overhead(seconds - unhindered_s, work, name=name)
+    value = (times[-1] - times[1]) / work.longest_phase_s(served)
+    yield at_most(limit, part=_PART, name=name, value=value, unit="of longest phase")
 
 
-def _ratio(value: float, *, name: str, limit: float = math.inf) -> Figure:
-    unit = "of busiest pool"
-    if limit == math.inf:
-        return Figure(part=_PART, name=name, value=value, unit=unit)
-    return at_most(limit, part=_PART, name=name, value=value, unit=unit)
+def _of_busiest(value: float, *, name: str) -> Figure:
+    return Figure(part=_PART, name=name, value=value, unit="of busiest pool")
+
+
+def _overhead(seconds: float, work: Workload, *, name: str) -> Figure:
+    return Figure(part=_PART, name=f"{name}_overhead", value=1e3 * seconds / work.num_steps, unit="ms/step")
 
 
 def _config(folder: Path) -> Config:
@@ -127,8 +137,8 @@ def _fleets(config: Config):
     )
 
 
-def _run(config: Config, fleets: Fleets, work: Workload) -> tuple[float, list[list[Place]]]:
-    """Run a case and return the seconds from its first request to the end of its last step, and who generated what."""
+def _run(config: Config, fleets: Fleets, work: Workload) -> tuple[list[float], list[list[Place]]]:
+    """Run a case; return when its first request was made and when each step was over, and who generated what."""
     prompts = [
         Prompt(ids_P=np.zeros(_PROMPT_TOKENS, dtype=np.int32), index=i, task=work.case, verifier=work.case, answer=None)
         for i in range(NUM_GROUPS)
@@ -147,7 +157,7 @@ def _run(config: Config, fleets: Fleets, work: Workload) -> tuple[float, list[li
         replace(loop, evaluator=_Evaluator()).run()
     assert len(line.times) == 1 + work.num_steps  # of step 0, before the first request, and after every update
     served: list[list[Place]] = ray.get([worker.places.remote() for worker in fleets.rollout.workers])
-    return line.times[-1] - line.times[0], served
+    return line.times, served
 
 
 class _Evaluator:

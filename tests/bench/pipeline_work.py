@@ -108,6 +108,28 @@ class Workload:
             first_batch_s + total * costs.learn_s,
         )
 
+    def longest_phase_s(self, served: Sequence[Sequence[Place]]) -> float:
+        """Return the longest of the three phases, summed over the batches after the first, which fills the pipeline.
+
+        A batch has its pool to itself. Generating one ends with its longest response: slots that are free before that
+        are part of the phase. served: as for `unhindered_s`.
+        """
+        costs, batches = Costs.of(self.case), self._batches()[1:]
+        generate_s = 0.0
+        for step in range(1, self.num_steps):
+            flow = _Flow(costs)
+            flow.ask([[place for place in of_worker if place.step == step] for of_worker in served], 0.0)
+            generate_s += flow.generated_s()
+        of_teachers = [
+            max(sum(sum(batch[i]) for i in range(first, NUM_GROUPS, NUM_TEACHERS)) for first in range(NUM_TEACHERS))
+            for batch in batches
+        ]
+        return max(
+            generate_s,
+            sum(of_teachers) * costs.score_s,
+            sum(sum(map(sum, batch)) for batch in batches) * costs.learn_s,
+        )
+
     def unhindered_s(self, served: Sequence[Sequence[Place]], *, max_staleness: int) -> float:
         """Return how long the run takes when messages, Ray and the controller take no time at all.
 
@@ -149,6 +171,10 @@ class _Flow:
             for place in of_worker:
                 seconds = [num_tokens * self._costs.generate_s for num_tokens in response_tokens(*place)]
                 heapq.heappush(self._unscored, (max(worker.take(s, now_s=now_s) for s in seconds), place))
+
+    def generated_s(self) -> float:
+        """Return when the last group that was handed in is generated."""
+        return max(end_s for end_s, _ in self._unscored)
 
     def scored_s(self, step: int) -> float:
         """Return when the last group of a batch is scored; groups of others that come before it have their turn."""

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from controller import controller
+from end_to_end import end_to_end
 from harness import Figure, record
 from loss import loss
 from loss_gpu import loss_gpu
@@ -16,6 +17,7 @@ from teacher_gpu import teacher_gpu
 
 PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "controller": controller,
+    "end_to_end": end_to_end,
     "loss": loss,
     "loss_gpu": loss_gpu,
     "object_store": object_store,

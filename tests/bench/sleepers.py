@@ -5,6 +5,7 @@ The case whose costs hold is the task of the prompt.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ class SleepingRollout:
         """Return the groups of this run in the order in which they came."""
         return self._places
 
+    async def generate_all(self, requests: Sequence[GenerateRequest], turns: Sequence[Turn | None]) -> list[Any]:
+        """Answer several calls of `generate` in one."""
+        answers = await asyncio.gather(*map(self.generate, requests, turns))
+        return [part for answer in answers for part in answer]
+
     async def generate(self, request: GenerateRequest, turn: Turn | None = None) -> tuple[GroupSummary, Any]:  # noqa: ARG002
         """Resolve when the last response has had its time in a slot."""
         start = time.perf_counter()
@@ -72,6 +78,11 @@ class SleepingTeacher:
     async def ready(self) -> bool:
         """Answer at once."""
         return True
+
+    async def score_all(self, request: ScoreRequest, *groups: TrajectoryGroup) -> list[ScoreSummary | SampledScore]:
+        """Answer several calls of `score` in one."""
+        answers = await asyncio.gather(*(self.score(group, request) for group in groups))
+        return [part for answer in answers for part in answer]
 
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, SampledScore]:  # noqa: ARG002
         """Resolve when it has been the group's turn."""

@@ -142,10 +142,10 @@ def plain_optimizer(student: torch.nn.Module, *, lr: float) -> torch.optim.Optim
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0)
 
 
-def plain_update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
-    """Take the update that the learner should take on a loss: clipped to norm 1, one step."""
+def plain_update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> tuple[float, float]:
+    """Take the update that the learner should take on a loss: clipped to norm 1, one step; return loss and norm."""
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-    return float(loss.detach())
+    return float(loss.detach()), float(norm)

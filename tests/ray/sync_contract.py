@@ -80,7 +80,7 @@ class Stack:
     def ask(self, worker: Any, *, version: int) -> Any:
         """Ask one worker for samples; return the reference to its group."""
         request = make_request(1, 2, 3, 4, version=version, seed=version, max_response_tokens=8)
-        _, group = worker.generate.options(num_returns=2).remote(request)
+        _, group = worker.generate_all.options(num_returns=2).remote([request], [None])
         return group
 
 

@@ -44,6 +44,30 @@ def test_a_finished_group_is_scored_while_others_still_generate(
         assert first == [short_score.summary]
 
 
+def test_groups_of_one_call_are_those_of_calls_of_their_own(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    config = compose_config(overrides("rollout.groups_per_call=2", "learner.max_tokens_per_micro_batch=120"))
+    requests = [make_request(1, 2, 3 + n, version=0, seed=n, num_samples=1 + n) for n in range(3)]
+    ids = ObjectiveIds(masked=(), equivalent=())
+    room = {"teacher": config.data.max_prompt_tokens}
+    asked = ScoreRequest(payload=Payload.hidden)
+    with (
+        connected(config),
+        open_fleets(config, vocab_size=32, ids=ids, prompt_tokens=room, log_dir=tmp_path) as fleets,
+    ):
+        fleets.rollout.load(fleets.learner.publish(0))
+        together = fleets.rollout.generate(requests)
+        alone = [handle for request in requests for handle in fleets.rollout.generate([request])]
+        scores = [*fleets.teacher.score(together, asked), *fleets.teacher.score(alone, asked)]
+        summaries = fleets.rollout.summaries(together)
+        assert [len(summary.response_lengths) for summary in summaries] == [1, 2, 3]
+        for one, other in zip(together, alone, strict=True):
+            assert ray.get(one.group).response_ids.tolist() == ray.get(other.group).response_ids.tolist()
+        num_tokens = [summary.num_tokens for summary in fleets.teacher.summaries(scores)]
+        assert num_tokens == [sum(summary.response_lengths) for summary in summaries] * 2
+
+
 def test_a_killed_worker_ends_the_run_with_its_name_and_not_rays_stack(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -92,8 +92,9 @@ def test_one_update_is_the_plain_torch_update_however_it_is_cut(
     published = published_weights(learner)
 
     total, count = full_kl(student, teacher)
-    loss = plain_update(plain_optimizer(student, lr=config.learner.lr), total / count)
+    loss, grad_norm = plain_update(plain_optimizer(student, lr=config.learner.lr), total / count)
     assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["train/grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
     assert metrics["distill/reverse_kl_full"] == pytest.approx(loss, rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(published[name], parameter.detach(), atol=1e-5, rtol=1e-5, msg=name)

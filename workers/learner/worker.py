@@ -124,10 +124,9 @@ class LearnerWorker:
             totals.add(losses, micro_batch)
             options = self._options  # the first micro-batch has given the diagnostics
         lr = float(self._engine.get_lr()[0])
-        self._engine.step()
         return totals.report(
             denominator=plan.denominator,
-            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
+            grad_norm=self._step(),
             lr=lr,
             learn_s=time.perf_counter() - start,
         )
@@ -202,6 +201,15 @@ class LearnerWorker:
         else:
             dtype = getattr(torch, self._config.dtype.value)
             export_merged(self._model, base_path=self._student_path, folder=folder, dtype=dtype)
+
+    def _step(self) -> float:
+        """Take the optimizer step; return the norm of the global batch's gradients before they are clipped."""
+        own_norm = 0.0
+        if not hasattr(self._engine.optimizer, "_global_grad_norm"):  # torch's own optimizer, as in float32 at ZeRO-0
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            own_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() or own_norm)
 
     @property
     def _model(self) -> Any:

@@ -11,7 +11,7 @@ from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.config.student import LoraConfig
 from opd_ray.protocol import GenerateRequest, GroupHandle, GroupSummary, Metrics, WeightBundle
-from workers.fleet import Berth, kill, spawn
+from workers.fleet import Berth, in_calls, kill, spawn
 from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.sync.deliver import catch_up, deliver
@@ -41,6 +41,7 @@ class RayRolloutFleet:
         }
         self._workers = spawn(worker_class, berth=berth, arguments=arguments, concurrent=True)
         self._deterministic = deterministic
+        self._groups_per_call = config.groups_per_call
         self._unfinished: list[list[Any]] = [[] for _ in self._workers]  # summaries of each worker's groups
         self._num_turns = [0] * len(self._workers)
         self._weights: WeightBundle | None = None  # the last version, for workers that miss it
@@ -62,13 +63,13 @@ class RayRolloutFleet:
         if self._deterministic:
             return self._generate_in_turn(requests)
         self._unfinished = [_unfinished(refs) for refs in self._unfinished]
-        loads = [len(refs) for refs in self._unfinished]
-        handles = []
-        for request in requests:
+        handles: list[GroupHandle] = []
+        for of_call in in_calls(requests, self._groups_per_call, num_workers=len(self._workers)):
+            loads = [len(refs) for refs in self._unfinished]
             index = loads.index(min(loads))
-            loads[index] += 1
-            handles.append(self._generate(index, request, None))
-            self._unfinished[index].append(handles[-1].summary)
+            of_worker = self._generate(index, of_call, [None] * len(of_call))
+            self._unfinished[index] += [handle.summary for handle in of_worker]
+            handles += of_worker
         return handles
 
     def load(self, weights: WeightBundle) -> Metrics:
@@ -114,14 +115,22 @@ class RayRolloutFleet:
             self._next_turn(i, size=len(requests[i::num_workers])) for i in range(min(num_workers, len(requests)))
         ]
         return [
-            self._generate(i % num_workers, request, replace(rounds[i % num_workers], index=i // num_workers))
+            handle
             for i, request in enumerate(requests)
+            for handle in self._generate(
+                i % num_workers, [request], [replace(rounds[i % num_workers], index=i // num_workers)]
+            )
         ]
 
-    def _generate(self, index: int, request: GenerateRequest, turn: Turn | None) -> GroupHandle:
-        worker: Any = self._workers[index]
-        summary, group = worker.generate.options(num_returns=2).remote(request, turn)
-        return GroupHandle(request=request, summary=summary, group=group)
+    def _generate(
+        self, index: int, requests: Sequence[GenerateRequest], turns: Sequence[Turn | None]
+    ) -> list[GroupHandle]:
+        call = self._workers[index].generate_all.options(num_returns=2 * len(requests))
+        refs = call.remote(requests, turns)
+        return [
+            GroupHandle(request=request, summary=summary, group=group)
+            for request, summary, group in zip(requests, refs[::2], refs[1::2], strict=True)
+        ]
 
     def _next_turn(self, index: int, *, size: int = 1) -> Turn:
         self._num_turns[index] += 1

@@ -5,6 +5,7 @@ vLLM is imported when a worker is built: the driver needs the class only.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,13 @@ class RolloutWorker:
     async def wake(self) -> None:
         """Take the memory again, to load a version into it."""
         await asyncio.wrap_future(self._loop.call(lambda: wake_up(self._engine)))
+
+    async def generate_all(
+        self, requests: Sequence[GenerateRequest], turns: Sequence[Turn | None]
+    ) -> list[GroupSummary | TrajectoryGroup]:
+        """Answer several calls of `generate` in one: what each returns, one after the other."""
+        answers = await asyncio.gather(*map(self.generate, requests, turns))
+        return [part for answer in answers for part in answer]
 
     async def generate(
         self, request: GenerateRequest, turn: Turn | None = None

@@ -78,6 +78,11 @@ class TeacherActor:
         """Answer once the teacher can score."""
         return await self._scorer.ready()
 
+    async def score_all(self, request: ScoreRequest, *groups: TrajectoryGroup) -> list[ScoreSummary | Score | None]:
+        """Answer several calls of `score` in one: what each returns, one after the other."""
+        answers = await asyncio.gather(*(self.score(group, request) for group in groups))
+        return [part for answer in answers for part in answer]
+
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score | None]:
         """Score every response token of a group, behind the prompt that the teacher is to read.
 

@@ -19,7 +19,7 @@ from opd_ray.protocol import (
     WeightBundle,
 )
 from opd_ray.requests import check_offered, follows_student, held_out_request, score_request
-from workers.fleet import Berth, kill, spawn
+from workers.fleet import Berth, in_calls, kill, spawn
 from workers.placement import teacher_role
 from workers.teacher.actor import TeacherActor
 from workers.teacher.errors import TeacherDown
@@ -71,11 +71,13 @@ class RayTeacherFleet:
         config: TeacherConfig,
         berth: Berth,
         arguments: dict[str, Any],
+        groups_per_call: int = 1,
         worker_class: type = TeacherActor,
     ) -> None:
         self._workers = spawn(worker_class, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
         self._name = name
         self._follows = follows_student(config)
+        self._groups_per_call = groups_per_call
         self._num_dealt = 0
 
     def wait_ready(self) -> None:
@@ -83,8 +85,9 @@ class RayTeacherFleet:
         self._get([worker.ready.remote() for worker in self._workers])
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
-        """Dispatch scoring; return at once. Ray starts each call the moment its own group is finished."""
-        return [self._score(group, request) for group in groups]
+        """Dispatch scoring; return at once. Ray starts each call the moment its own groups are finished."""
+        calls = in_calls(groups, self._groups_per_call, num_workers=len(self._workers))
+        return [score for of_call in calls for score in self._ask(self._next_worker(), of_call, request)]
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         """Wait for scores and return their summaries, in order. Raises CannotGoOn when the teacher is gone."""
@@ -92,7 +95,7 @@ class RayTeacherFleet:
 
     def score_by_all(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[list[ScoreHandle]]:
         """Have every worker score the groups, to compare them; return at once, a list for each worker."""
-        return [[self._ask(worker, group, request) for group in groups] for worker in self._workers]
+        return [self._ask(worker, groups, request) for worker in self._workers]
 
     def follow(self, weights: WeightBundle) -> Metrics:
         """Have every worker take a new version of the student into its average; blocks until all hold it."""
@@ -132,12 +135,11 @@ class RayTeacherFleet:
     def _state_file(self, folder: str) -> str:
         return f"{folder}/{teacher_role(self._name)}.safetensors"
 
-    def _score(self, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
-        worker: Any = self._workers[self._num_dealt % len(self._workers)]
+    def _next_worker(self) -> Any:
         self._num_dealt += 1
-        return self._ask(worker, handle, request)
+        return self._workers[(self._num_dealt - 1) % len(self._workers)]
 
-    def _ask(self, worker: Any, handle: GroupHandle, request: ScoreRequest) -> ScoreHandle:
-        call = worker.score.options(num_returns=2)
-        summary, score = call.remote(handle.group, request)
-        return ScoreHandle(teacher=self._name, summary=summary, score=score)
+    def _ask(self, worker: Any, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
+        call = worker.score_all.options(num_returns=2 * len(groups))
+        refs = call.remote(request, *(group.group for group in groups))
+        return [ScoreHandle(teacher=self._name, summary=s, score=t) for s, t in zip(refs[::2], refs[1::2], strict=True)]

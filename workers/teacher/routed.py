@@ -1,6 +1,7 @@
 """Several teachers as one: every group goes to the teacher of its task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from opd_ray.protocol import (
     GroupHandle,
@@ -13,6 +14,9 @@ from opd_ray.protocol import (
 )
 from opd_ray.routing import Teachers
 
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
+
 
 class RoutedTeachers:
     """`TeacherFleet` that hands each group on."""
@@ -23,14 +27,13 @@ class RoutedTeachers:
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring, in the order of the groups; return at once."""
-        return [
-            self._fleets[self._teachers.name_of(group.request.prompt.task)].score([group], request)[0]
-            for group in groups
-        ]
+        names = [self._teachers.name_of(group.request.prompt.task) for group in groups]
+        return _by_name(names, groups, lambda name, of_name: self._fleets[name].score(of_name, request))
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         """Wait for scores and return their summaries, in order."""
-        return [self._fleets[score.teacher].summaries([score])[0] for score in scores]
+        names = [score.teacher for score in scores]
+        return _by_name(names, scores, lambda name, of_name: self._fleets[name].summaries(of_name))
 
     def follow(self, weights: WeightBundle) -> Metrics:
         """Show a new version of the student to all; return the longest times."""
@@ -49,3 +52,14 @@ class RoutedTeachers:
         """Load the state of all that have one."""
         for fleet in self._fleets.values():
             fleet.restore(folder)
+
+
+def _by_name(
+    names: Sequence[str], items: Sequence[_Asked], ask: Callable[[str, Sequence[_Asked]], Sequence[_Answer]]
+) -> list[_Answer]:
+    """Ask each name about all of its items at once; return the answers in the items' order."""
+    answers = {
+        name: iter(ask(name, [item for item, of_item in zip(items, names, strict=True) if of_item == name]))
+        for name in dict.fromkeys(names)
+    }
+    return [next(answers[name]) for name in names]

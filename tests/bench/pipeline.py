@@ -46,7 +46,7 @@ _SLEEPERS = WorkerClasses(rollout=SleepingRollout, teacher=SleepingTeacher, lear
 
 
 def pipeline() -> Iterator[Figure]:
-    """Yield the figures of the part; about 6 minutes.
+    """Yield the figures of the part; about 11 minutes.
 
     <case>_s0 is the run's time over the sum of its critical paths, <case>_s1 over the longest of its three phases, the
     first step aside. The most loaded pool without a pause is a bound below that: <case>_s1_busiest is the run's time

@@ -20,7 +20,7 @@ NUM_ROLLOUTS, NUM_SLOTS, NUM_TEACHERS = 2, 8, 2
 _MEDIAN_TOKENS, MAX_TOKENS = 64, 1280
 _SIGMA = math.log(10) / 2.3263  # of log-normal lengths: the 99th percentile of a normal variable is 2.3263
 _MEAN_TOKENS = 103.5  # of a response
-_BATCH_S = 0.5  # of a pool that a case does not make faster
+_BATCH_S = 1.0  # of a pool that a case does not make faster
 
 CASES: dict[
     str, tuple[float, float, float]

@@ -87,6 +87,8 @@ class LearnerWorker:
         self._engine = build_engine(
             student, config=self._config, world_size=self._config.num_ranks, num_steps=self._num_steps
         )
+        self._engine.clip_fp32_gradients = self._clip
+        self._clipped_norm = 0.0
         self._planner = TokenPlanner(self._objective, tokenizer=self._tokenizer())
         self._inputs = InputBuilder(
             device=self._device,
@@ -124,9 +126,10 @@ class LearnerWorker:
             totals.add(losses, micro_batch)
             options = self._options  # the first micro-batch has given the diagnostics
         lr = float(self._engine.get_lr()[0])
+        self._engine.step()
         return totals.report(
             denominator=plan.denominator,
-            grad_norm=self._step(),
+            grad_norm=float(self._engine.get_global_grad_norm() or self._clipped_norm),
             lr=lr,
             learn_s=time.perf_counter() - start,
         )
@@ -202,14 +205,10 @@ class LearnerWorker:
             dtype = getattr(torch, self._config.dtype.value)
             export_merged(self._model, base_path=self._student_path, folder=folder, dtype=dtype)
 
-    def _step(self) -> float:
-        """Take the optimizer step; return the norm of the global batch's gradients before they are clipped."""
-        own_norm = 0.0
-        if not hasattr(self._engine.optimizer, "_global_grad_norm"):  # torch's own optimizer, as in float32 at ZeRO-0
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            own_norm = float(torch.nn.utils.get_total_norm(gradients))
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() or own_norm)
+    def _clip(self) -> None:
+        """Clip the gradients as DeepSpeed does at ZeRO-0 in float32, but keep their norm."""
+        limit = self._engine.gradient_clipping()
+        self._clipped_norm = float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
     @property
     def _model(self) -> Any:

@@ -34,11 +34,13 @@ $(STAMP):
 demo: setup  ## run the main job on this machine with models it builds itself
 	@$(BIN)/python -m opd_ray.train experiment=demo resume=overwrite $(ARGS)
 
-check: setup  ## ruff, mypy, import-linter, size gate
+check: setup  ## ruff, mypy, import-linter, hadolint, shellcheck, size gate
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports --config pyproject.toml
+	@$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	@$(BIN)/shellcheck docker/slurm.sh .ci/run
 	@$(BIN)/python -m pytest -q tests/unit/test_layout.py
 
 unit: setup  ## unit tests only

@@ -21,6 +21,7 @@ _BYTES_PER_ID = 6  # of a support, with its log-prob
 def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir: RunDir, step: int) -> list[str]:
     """Return the lines that say what the run is made of."""
     rollout, learner, teachers = config.rollout, config.learner, teachers_of(config)
+    tasks = sorted({prompt.task for prompt in prompts.train})
     num_teacher_workers = sum(teacher.num_workers for teacher in teachers.by_name.values())
     dropped = f", {prompts.num_dropped} dropped" if prompts.num_dropped else ""
     dropped += f", {prompts.num_held_back} left out as equal to held-out ones" if prompts.num_held_back else ""
@@ -32,8 +33,8 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
         f"objective  {describe_objective(config.objective)}; {teacher_bytes_per_token(config, models):,} bytes a token"
         " from the teacher",
         f"prompts    {len(prompts.train):,} to train on, {len(prompts.held_out):,} held out{dropped}",
-        f"batch      {describe_batch(config, tasks=sorted({p.task for p in prompts.train}))},"
-        f" max_staleness {config.max_staleness}",
+        f"batch      {describe_batch(config, tasks=tasks)}, max_staleness {config.max_staleness}",
+        f"           {describe_updates(config, tasks=tasks)}",
         f"workers    {rollout.num_workers} rollout, {num_teacher_workers} teacher, {learner.num_ranks} learner"
         f" (ZeRO-{learner.zero_stage}, {learner.dtype.value})",
         f"steps      {step} to {config.num_steps}" + (" (resumed)" if step else ""),
@@ -54,6 +55,22 @@ def describe_batch(config: Config, *, tasks: Sequence[str]) -> str:
     counts = mixed_counts(num_prompts, {task: task_config(config, task).share for task in tasks})
     each = ", ".join(f"{task} {counts[task]} prompts x {n}" for task, n in samples.items())
     return f"{each} samples = {sum(counts[task] * n for task, n in samples.items())} trajectories an update"
+
+
+def describe_updates(config: Config, *, tasks: Sequence[str]) -> str:
+    """Return into how many optimizer steps a batch goes, and how many response tokens it has at the most."""
+    num_steps, num_prompts = config.learner.updates_per_batch, config.batch.num_prompts
+    steps = (
+        "1 optimizer step" if num_steps == 1 else f"{num_steps} optimizer steps of {num_prompts // num_steps} prompts"
+    )
+    sampling = {task: training_samples(config, task) for task in tasks}
+    tokens = {task: options.num_samples * options.max_response_tokens for task, options in sampling.items()}
+    if config.batch.mode is BatchMode.sequential:
+        most = num_prompts * max(tokens.values())
+    else:
+        counts = mixed_counts(num_prompts, {task: task_config(config, task).share for task in tasks})
+        most = sum(counts[task] * tokens[task] for task in tasks)
+    return f"{steps}, at most {most:,} response tokens"
 
 
 def teacher_bytes_per_token(config: Config, models: Models) -> int:

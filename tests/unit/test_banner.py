@@ -5,7 +5,8 @@ import pytest
 from config_files import compose_config
 from fakes import make_prompt
 
-from opd_ray.banner import closing_words, describe_run, result_rows, teacher_bytes_per_token
+from opd_ray.banner import closing_words, describe_run, describe_updates, result_rows, teacher_bytes_per_token
+from opd_ray.config.schema import BatchMode
 from opd_ray.data.models import Models
 from opd_ray.data.prompts import PromptSets
 from opd_ray.state import RunDir
@@ -141,6 +142,19 @@ def test_the_trajectories_of_an_update_are_counted_with_the_samples_of_each_task
     assert "copy 4 prompts x 2, sort 8 prompts x 5 samples = 48 trajectories an update" in batch_line(own)
     words = batch_line(own, "batch.mode=sequential")
     assert "one task an update, trajectories: 24 of copy (12 prompts x 2), 60 of sort (12 prompts x 5)" in words
+
+
+def test_the_banner_counts_the_optimizer_steps_and_the_most_tokens_of_a_batch():
+    sizes = ("batch.num_prompts=32", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=13")
+    assert "           1 optimizer step, at most 1,664 response tokens\n" in described(*sizes)
+    assert "2 optimizer steps of 16 prompts, at most" in described(*sizes, "learner.updates_per_batch=2")
+
+
+def test_the_most_tokens_of_a_batch_are_counted_task_by_task():
+    config = compose_config("experiment=demo_multi", "batch.num_prompts=12", "+tasks={sort: {samples_per_prompt: 5}}")
+    assert "at most 546 response" in describe_updates(config, tasks=["copy", "sort"])  # 6 x 2 x 13 and 6 x 5 x 13
+    config = replace(config, batch=replace(config.batch, mode=BatchMode.sequential))
+    assert "at most 780 response" in describe_updates(config, tasks=["copy", "sort"])  # 12 x 5 x 13
 
 
 def test_the_bytes_a_token_of_several_teachers_are_at_most_those_of_the_widest():

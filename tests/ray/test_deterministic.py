@@ -114,6 +114,7 @@ def arguments(overrides: Callable[..., list[str]]) -> list[str]:
     )
 
 
+@pytest.mark.slow
 def test_delays_change_no_bit_of_the_weights(arguments: list[str], tmp_path: Path) -> None:
     deterministic = [*arguments, "deterministic=true"]
     plain = _trained(deterministic, tmp_path / "plain", WorkerClasses())

@@ -51,6 +51,7 @@ def test_a_sound_set_up_is_green_with_two_workers_of_a_teacher(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_other_weights_or_another_temperature_behind_the_score_turn_red(
     overrides: Callable[..., list[str]], tmp_path: Path, model_folder: Any
 ) -> None:

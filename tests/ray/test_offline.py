@@ -50,6 +50,7 @@ def _offline(overrides: Overrides, tmp_path: Path, *more: str) -> list[str]:
     return overrides("name=offline", "teacher=cache", f"teacher.cache.path={tmp_path}/runs/test/scores", *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [

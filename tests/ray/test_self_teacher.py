@@ -144,6 +144,7 @@ def test_the_frozen_student_as_teacher_gives_kl_zero_at_the_start_and_says_that_
 _MOVED = ("objective=sampled", "learner.weight_decay=10", "learner.lr=0.01", "eval_every=1")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_always_the_current_student_agrees_with_it_while_the_student_moves(
     own: Overrides, tmp_path: Path, model_folder: Any
 ) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_published_adapters_are_what_is_sampled(
     overrides: Callable[..., list[str]], tmp_path: Path, max_staleness: int

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from workers.lane import LANE
 from workers.placement import Pool
 
-T = TypeVar("T")
+_Item = TypeVar("_Item")
 
 _MAX_CONCURRENT_CALLS = 100_000  # back-pressure is the schedule's task, not the actor's
 
@@ -83,7 +83,7 @@ def spawn_here(worker_class: type, *, name: str, log_dir: Path, arguments: dict[
     return actor.options(name=name, num_cpus=0, scheduling_strategy=node).remote(**arguments)
 
 
-def in_calls(items: Sequence[T], most: int, *, num_workers: int) -> list[Sequence[T]]:
+def in_calls(items: Sequence[_Item], most: int, *, num_workers: int) -> list[Sequence[_Item]]:
     """Cut items into calls of at most so many each, in order; fewer where some worker would get none."""
     size = min(most, -(-len(items) // num_workers))
     return [items[start : start + size] for start in range(0, len(items), max(size, 1))]

@@ -1,5 +1,8 @@
 """Puts a run's loop together from its configuration, its fleets and what it uses besides them."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 from ray.exceptions import RayError
 
 from opd_ray.config.schema import Config
@@ -38,6 +41,7 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
     checkpoints: DiskCheckpoints,
     tracker: Tracker,
     quarantine: Quarantine,
+    stoppable: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Loop:
     """Return the loop. fleets: those that evaluate; training: the same, recorded, or a recording in their place."""
     schedule = Schedule(
@@ -71,6 +75,7 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
         ),
         checkpoints=checkpoints,
         tracker=tracker,
+        stoppable=stoppable,
     )
 
 
@@ -84,7 +89,8 @@ def run_saved(loop: Loop, *, step: int, checkpoints: DiskCheckpoints) -> None:
             words = checkpoints.save_last(loop.fleets.learner, loop.fleets.teacher, loop.window)
         except (RayError, OSError) as fault:
             words = f"no checkpoint could be written: {fault}"
-        raise CannotGoOn(f"{cause}; {words}") from None
+        cause.args = (f"{cause}; {words}",)
+        raise
 
 
 def _prompt_source(config: Config, prompts: PromptSets) -> PromptSource:

@@ -1,5 +1,7 @@
 """The loop of on-policy distillation: schedules the fleets, passes references, never touches a token."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from opd_ray.protocol import Learner, Metrics, RolloutFleet, TeacherFleet, WeightBundle
@@ -31,6 +33,7 @@ class Loop:
     evaluator: Evaluator
     checkpoints: Checkpoints
     tracker: Tracker
+    stoppable: Callable[[], AbstractContextManager[object]] = nullcontext  # where a run that is told to end is left
 
     def run(self, step: int = 0) -> None:
         """Train from update `step` to the last: generate, score, screen, learn, publish."""
@@ -39,9 +42,10 @@ class Loop:
         if schedule.is_eval(step) and not tracker.holds(step):
             tracker.log(step, self.evaluator.evaluate(step))
         while step < schedule.num_steps:
-            window.fill(step)
-            batch, taken = window.take(step)
-            batch, screened = self.screen.whole(batch)
+            with self.stoppable():
+                window.fill(step)
+                batch, taken = window.take(step)
+                batch, screened = self.screen.whole(batch)
             tracker.passed("wait")
             learned = fleets.learner.update(batch)
             tracker.passed("learn")

@@ -36,8 +36,8 @@ from opd_ray.preflight import Finding, Status, error, machine_findings, model_fi
 from opd_ray.preflight.machine import dashboard, hub_credentials, tracking_credentials
 from opd_ray.protocol import CannotGoOn
 from opd_ray.routing import teacher_key, teachers_of
-from opd_ray.tracking import has_wandb_credentials
 from opd_ray.train import CONFIG_DIR, QUIET_ENV
+from opd_ray.wandb_login import has_wandb_credentials
 from workers.faults import describe
 
 _FOUND_ERRORS, _USER_ERROR = 1, 2  # exit codes

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,7 @@ class DiskCheckpoints:
     """`Checkpoints` in the run dir: written beside their place, then renamed into it."""
 
     folder: Path
+    saved: Callable[[int, Path], None] = lambda *_: None  # told of every checkpoint
 
     def save(self, step: int, *parts: Lasting) -> None:
         """Write the state after update `step`."""
@@ -91,6 +93,7 @@ class DiskCheckpoints:
         (partial / _STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        self.saved(step, final)
 
     def save_last(self, learner: Learner, *others: Lasting) -> str:
         """Write the state after the learner's last update, unless it is there; return what a person is told of it."""

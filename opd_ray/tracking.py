@@ -1,39 +1,21 @@
-"""Where a run's numbers go: metrics.jsonl and samples.jsonl always, Weights & Biases if asked, the terminal."""
+"""Where a run's numbers go: metrics.jsonl and samples.jsonl always, a service if asked, the terminal."""
 
 import json
 import math
-import netrc
-import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
-from opd_ray.config.schema import Config
-from opd_ray.config.services import TrackingKind
 from opd_ray.console import StepLine
 from opd_ray.metrics import rollout_metrics, samples_shown
 from opd_ray.mismatch import MismatchWatch
 from opd_ray.pipeline_log import FILE as SPANS_FILE
 from opd_ray.pipeline_log import PipelineLog
 from opd_ray.protocol import GroupSummary, Metrics, ScoreSummary
+from opd_ray.sinks import SampleRow, Sink
 from opd_ray.state import RunDir
-
-
-class Sink(Protocol):
-    """A service that metrics are sent to besides the files."""
-
-    where: str  # URL or folder, for people
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Send the metrics of a step."""
-
-    def finish(self, summary: Metrics) -> None:
-        """Send the run's summary and close."""
 
 
 class RunTracker:
@@ -84,11 +66,14 @@ class RunTracker:
         self._last = time.perf_counter()
         self._steps.add(step)
         self._append("metrics.jsonl", record)
-        for summary in samples_shown(summaries, num_samples=self._num_samples):
+        samples = samples_shown(summaries, num_samples=self._num_samples)
+        for summary in samples:
             rewards = list(summary.rewards)
             self._append("samples.jsonl", {"step": step, "text": summary.text, "rewards": rewards})
         for sink in self._sinks:
             sink.log(step, record)
+            if samples and any(name.startswith("eval/") for name in metrics):
+                sink.show([_row(step, summary) for summary in samples])
         self._line.show_step(step, record)
         for warning in self._mismatch.warnings(record):
             record_event(self._run_dir, kind="engine_mismatch", message=f"step {step}: {warning}")
@@ -116,6 +101,11 @@ class RunTracker:
         for sink in self._sinks:
             sink.finish(summary)
 
+    def keep(self, name: str, folder: Path, step: int) -> None:
+        """Send a checkpoint or the student to the sinks."""
+        for sink in self._sinks:
+            sink.keep(name, folder, step)
+
     def _rates(self, metrics: Metrics, summaries: Sequence[GroupSummary]) -> dict[str, float]:
         step_s = time.perf_counter() - self._last - metrics.get("time/eval_s", 0.0)
         num_tokens = sum(length for s in summaries for length in s.response_lengths)
@@ -126,74 +116,19 @@ class RunTracker:
             file.write(json.dumps(_finite(record)) + "\n")
 
 
-class WandbSink:
-    """Weights & Biases: online with credentials, else offline in the run dir; resumes its own run."""
-
-    def __init__(self, config: Config, run_dir: RunDir) -> None:
-        import wandb  # slow, and not wanted with tracking=none
-
-        os.environ.setdefault("WANDB_SILENT", "true")
-        id_file = run_dir.path / "wandb_id.txt"
-        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
-        self._run = wandb.init(
-            project=config.tracking.project,
-            entity=config.tracking.entity,
-            name=config.name,
-            id=run_id,
-            resume="allow",
-            dir=str(run_dir.path),
-            config=asdict(config),
-            mode=_wandb_mode(),
-        )
-        id_file.write_text(run_id + "\n")
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        self.where = self._run.url or str(Path(self._run.dir).parent)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Send a step; the axis is the metric `step`, so several calls for one step do no harm."""
-        self._run.log({**metrics, "step": step})
-
-    def finish(self, summary: Metrics) -> None:
-        """Send the summary and end the run."""
-        self._run.summary.update(dict(summary))
-        self._run.finish()
-
-
 def record_event(run_dir: RunDir, *, kind: str, message: str) -> None:
     """Add a line to events.jsonl: what befell the run."""
     with (run_dir.path / "events.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), "kind": kind, "message": message}) + "\n")
 
 
-def open_sinks(config: Config, run_dir: RunDir) -> list[Sink]:
-    """Return the sinks that the configuration asks for."""
-    match config.tracking.kind:
-        case TrackingKind.wandb:
-            return [WandbSink(config, run_dir)]
-        case TrackingKind.none:
-            return []
+def _row(step: int, summary: GroupSummary) -> SampleRow:
+    return SampleRow(step=step, text=summary.text, reward=summary.rewards[0] if summary.rewards else None)
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinities, which JSON does not have, by null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def _wandb_mode() -> Any:
-    """WANDB_MODE decides if set; else online exactly when credentials are present: WANDB_API_KEY or a netrc entry."""
-    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_credentials() else "offline")
-
-
-def has_wandb_credentials() -> bool:
-    """Whether WANDB_API_KEY is set or the netrc file has an entry; never what it is."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _kept_lines(path: Path, *, step: int) -> list[dict[str, float]]:

@@ -3,11 +3,13 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import RayError
 from transformers.utils.logging import disable_progress_bar
@@ -26,6 +28,8 @@ from opd_ray.data.teacher_context import with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.engine_checks import EngineTest, teacher_gaps
 from opd_ray.evaluation import HeldOut, greedy_summaries
+from opd_ray.jobs import lost_with_the_job, tell_result
+from opd_ray.launcher import register_launcher
 from opd_ray.metrics import mean_reward, summarise
 from opd_ray.pipeline_log import PipelineLog
 from opd_ray.plan import Plan, plan_run
@@ -34,21 +38,25 @@ from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
 from opd_ray.quarantine import DiskQuarantine
 from opd_ray.replay import prepare_recording
 from opd_ray.routing import teacher_key, teachers_of
+from opd_ray.sinks import Sink, open_sinks
 from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
-from opd_ray.tracking import RunTracker, Sink, open_sinks, record_event
+from opd_ray.stopping import Stopped, StopSignal
+from opd_ray.sweep import Outcome, as_trial, record_trial, sweep_value, trial_number, trial_of
+from opd_ray.tracking import RunTracker, record_event
 from workers.faults import describe
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 # The driver computes nothing, and transformers' notes and bars would disturb the run's own.
 QUIET_ENV = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _RUN_FAILED, _USER_ERROR, _INTERRUPTED = 1, 2, 130  # exit codes
+_LAST_SHELL_CODE = 128  # above: a signal ended the run
 
 
 def train(config: Config, console: RunConsole) -> Metrics:
     """Run one configuration to its end and return its summary.
 
     Raises ValueError, before any worker starts, for what a user can mend; RayError when a worker fails; CannotGoOn,
-    with a checkpoint written, when a teacher is gone or cannot score too many groups.
+    with a checkpoint written, when a teacher is gone or cannot score too many groups, or the run is told to end.
     """
     start = time.perf_counter()
     run_dir = RunDir.of(config)
@@ -58,48 +66,67 @@ def train(config: Config, console: RunConsole) -> Metrics:
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=plan.models.vocab_size, local=local)]
     )
-    with workers.connected(config, console.say):
+    with workers.connected(config, console.say), StopSignal().listening() as stop, ExitStack() as stack:
         step = claim(run_dir, config.resume)
-        (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)
-        if plan.prompts.num_dropped:
-            record_event(run_dir, kind="prompts_dropped", message=f"{plan.prompts.num_dropped} empty or too long")
-        for warning in warnings:
-            record_event(run_dir, kind="preflight_warning", message=warning)
-            console.say(f"warning: {warning}")
-        sinks = open_sinks(config, run_dir)
-        words = describe_run(config, models=plan.models, prompts=plan.prompts, run_dir=run_dir, step=step)
-        console.say("\n".join([*words, *(f"W&B        {sink.where}" for sink in sinks)]))
+        sinks = _announce(config, plan, run_dir=run_dir, step=step, warnings=warnings, console=console)
         of_run = held_out(config, plan.prompts)
         measured = _measure_teacher(config, held_out=of_run, console=console)
         gaps = _measure_engines(config, held_out=of_run, vocab_size=plan.models.vocab_size, console=console)
-        with ExitStack() as stack:
-            with console.phase("start workers"):
-                fleets = stack.enter_context(_open_fleets(config, plan))
-                checkpoints = DiskCheckpoints(folder=run_dir.checkpoints)
-                checkpoints.restore(step, fleets.learner, fleets.teacher)
-            training = stack.enter_context(_training_fleets(config, fleets, console=console))
-            with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
-                tracker = _open_tracker(config, run_dir, step=step, sinks=sinks, line=line, gaps=gaps)
-                loop = build_loop(
-                    config,
-                    fleets=fleets,
-                    training=training,
-                    prompts=plan.prompts,
-                    checkpoints=checkpoints,
-                    tracker=tracker,
-                    quarantine=DiskQuarantine(run_dir, say=console.say),
-                )
-                checkpoints.restore(step, loop.window)
-                run_saved(loop, step=step, checkpoints=checkpoints)
-            with console.phase("export student"):
-                training.learner.export(str(run_dir.export))
+        with console.phase("start workers"):
+            fleets = stack.enter_context(_open_fleets(config, plan))
+            DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner, fleets.teacher)
+        training = stack.enter_context(_training_fleets(config, fleets, console=console))
+        with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
+            tracker = _open_tracker(config, run_dir, step=step, sinks=sinks, line=line, gaps=gaps)
+            checkpoints = DiskCheckpoints(folder=run_dir.checkpoints, saved=_kept(config, tracker))
+            loop = build_loop(
+                config,
+                fleets=fleets,
+                training=training,
+                prompts=plan.prompts,
+                checkpoints=checkpoints,
+                tracker=tracker,
+                quarantine=DiskQuarantine(run_dir, say=console.say),
+                stoppable=stop.stoppable,
+            )
+            checkpoints.restore(step, loop.window)
+            run_saved(loop, step=step, checkpoints=checkpoints)
+        with console.phase("export student"):
+            training.learner.export(str(run_dir.export))
     history = tracker.history
     summary = {**summarise(history, wall_s=time.perf_counter() - start), **measured}
+    if config.tracking.log_checkpoints:
+        tracker.keep("student", run_dir.export, config.num_steps)
     tracker.finish(summary)
     console.table("Result", result_rows(summary, history=history, phases=console.phase_seconds))
     console.say("\n".join(closing_words(run_dir)))
     return summary
+
+
+def _announce(
+    config: Config, plan: Plan, *, run_dir: RunDir, step: int, warnings: Sequence[str], console: RunConsole
+) -> list[Sink]:
+    """Write down and say what the run is made of; open the services that its numbers go to."""
+    (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)
+    if plan.prompts.num_dropped:
+        record_event(run_dir, kind="prompts_dropped", message=f"{plan.prompts.num_dropped} empty or too long")
+
+    def warn(words: str, *, kind: str = "tracking_failed") -> None:
+        record_event(run_dir, kind=kind, message=words)
+        console.say(f"warning: {words}")
+
+    for warning in [*warnings, *lost_with_the_job(config)]:
+        warn(warning, kind="preflight_warning")
+    sinks = open_sinks(config, run_dir, step=step, warn=warn)
+    words = describe_run(config, models=plan.models, prompts=plan.prompts, run_dir=run_dir, step=step)
+    console.say("\n".join([*words, *(f"tracking   {config.tracking.kind.value}, {sink.where}" for sink in sinks)]))
+    return sinks
+
+
+def _kept(config: Config, tracker: RunTracker) -> Callable[[int, Path], None]:
+    """Return what is done with a checkpoint besides keeping it in the run dir."""
+    return lambda step, folder: tracker.keep("checkpoint", folder, step) if config.tracking.log_checkpoints else None
 
 
 def _open_tracker(
@@ -145,6 +172,7 @@ def main() -> None:
     os.environ.update(QUIET_ENV)
     disable_progress_bar()
     register_schema()
+    register_launcher()
     try:
         sys.argv[1:] = check_overrides(sys.argv[1:], config_dir=CONFIG_DIR)
     except ValueError as error:
@@ -153,22 +181,45 @@ def main() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
-def _hydra_main(composed: DictConfig) -> None:
+def _hydra_main(composed: DictConfig) -> float:
+    """Run what Hydra has composed and return what a sweeper is told.
+
+    Of a `--multirun` this is one trial: a failure is recorded, and the next trial goes on.
+    """
+    composed = as_trial(composed)
+    outcome = _outcome(composed)
+    number = trial_number()
+    if number is None or outcome.exit_code > _LAST_SHELL_CODE:  # a signal ends the whole sweep
+        if outcome.error:
+            _fail(outcome.error, outcome.exit_code)
+    else:
+        record_trial(
+            Path(HydraConfig.get().sweep.dir),
+            trial_of(outcome, composed, number=number, overrides=HydraConfig.get().overrides.task),
+        )
+        if outcome.error:
+            print(f"error: trial {number}: {outcome.error}", file=sys.stderr)
+    tell_result(outcome.summary)
+    return sweep_value(composed.eval.sweep_metric, outcome.summary)
+
+
+def _outcome(composed: DictConfig) -> Outcome:
+    """Run a configuration; a fault becomes words for people and an exit code."""
     try:
         config = load(composed)
-        train(config, RunConsole())
-    except RayError as error:  # first: a worker's ValueError arrives as both
-        run_dir = RunDir.of(config)
-        message = describe(error, log_dir=run_dir.logs)
-        record_event(run_dir, kind="worker_failed", message=message)
-        _fail(message, _RUN_FAILED)
-    except CannotGoOn as error:
-        record_event(RunDir.of(config), kind="run_stopped", message=str(error))
-        _fail(str(error), _RUN_FAILED)
-    except ValueError as error:
-        _fail(str(error), _USER_ERROR)
+        return Outcome(summary=train(config, RunConsole()))
+    except RayError as fault:  # first: a worker's ValueError arrives as both
+        message = describe(fault, log_dir=RunDir.of(config).logs)
+        record_event(RunDir.of(config), kind="worker_failed", message=message)
+        return Outcome(error=message, exit_code=_RUN_FAILED)
+    except CannotGoOn as fault:
+        record_event(RunDir.of(config), kind="run_stopped", message=str(fault))
+        return Outcome(error=str(fault), exit_code=fault.exit_code if isinstance(fault, Stopped) else _RUN_FAILED)
+    except ValueError as fault:
+        return Outcome(error=str(fault), exit_code=_USER_ERROR)
     except KeyboardInterrupt:
-        _fail("interrupted; resume=auto goes on from the newest checkpoint", _INTERRUPTED)
+        words = "interrupted; resume=auto goes on from the newest checkpoint"
+        return Outcome(error=words, exit_code=_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -8,6 +8,7 @@ class TrackingKind(StrEnum):
     """The sink beside metrics.jsonl."""
 
     wandb = "wandb"
+    tensorboard = "tensorboard"
     none = "none"
 
 
@@ -29,6 +30,7 @@ class EvalConfig:
 
     num_prompts: int = 64
     samples_per_prompt: int = 4  # the k of avg@k
+    sweep_metric: str = "reverse_kl_after"  # the figure of summary.json that a sweep is told
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "samples_per_prompt"):
@@ -44,4 +46,6 @@ class TrackingConfig:
     kind: TrackingKind
     project: str = "opd-ray"
     entity: str | None = None
+    group: str | None = None  # of runs that belong together; null: the sweep's name, or none
+    log_checkpoints: bool = False  # also send every checkpoint and the final student, as W&B artifacts
     num_samples: int = 2  # sampled texts written to samples.jsonl a step

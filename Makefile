@@ -12,7 +12,7 @@ STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -
 RIVALS := liger-kernel==0.8.5 trl==1.16.0 datasets==5.2.0 pandas==3.1.1 multiprocess==0.70.19 python-dateutil==4.0.0
 RIVALS_STAMP := $(VENV)/bench/.built-$(shell echo $(RIVALS) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test slow check unit bench clean
+.PHONY: help setup demo submit test slow check unit bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ $(STAMP):
 
 demo: setup  ## run the main job on this machine with models it builds itself
 	@$(BIN)/python -m opd_ray.train experiment=demo resume=overwrite $(ARGS)
+
+submit: setup  ## run ARGS="experiment=X name=Y ..." as a job of the cluster at RAY_API_SERVER_ADDRESS
+	@$(BIN)/python -m opd_ray.submit $(ARGS)
 
 check: setup  ## ruff, mypy, import-linter, hadolint, shellcheck, size gate
 	@$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 import errno
 import json
+import logging
 import os
 import shlex
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from opd_ray.config.schema import Config
 PROJECT = Path(__file__).resolve().parents[1]  # what a job is given to run from; .rayignore says what stays behind
 RESULT_PREFIX = "opd-ray result "  # of the line that tells a launcher the run's figures
 TELL_RESULT = "OPD_RAY_TELL_RESULT"  # asks a run for that line
+# Loggers that tell of every file which is not uploaded.
+_CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk")
 _UNPACKED = "working_dir_files"  # part of the path where Ray unpacks what a job has uploaded
 _GRACE = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray kills a stopped job after 3 seconds unless told otherwise
 _TOKEN = (
@@ -38,7 +42,7 @@ class Job:
     env: Mapping[str, str]  # of the run; recorded by Ray in clear text
 
     @property
-    def entrypoint(self) -> str:
+    def command(self) -> str:
         """Return the command, quoted for the shell."""
         return shlex.join(["python", "-m", "opd_ray.train", *self.overrides])
 
@@ -54,10 +58,15 @@ class Jobs:
                 f"address={self._where}: expected the dashboard's address, such as http://head:8265 (6379 is the port"
                 " of `ray start --address`, not of jobs)"
             )
+        for chatty in _CHATTY:
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         self._client: Any = self._ask(JobSubmissionClient, self._where)
 
-    def start(self, job: Job) -> None:
-        """Submit a run under its name; one that has ended makes room, one that goes on is refused."""
+    def start(self, job: Job) -> str:
+        """Submit a run under its name; one that has ended makes room, one that goes on is refused.
+
+        Returns the first line that it prints: the output of those before it, under the same name, stands above.
+        """
         before = self.status(job.name)
         if before is not None and not before.is_terminal():
             raise ValueError(
@@ -66,17 +75,23 @@ class Jobs:
             )
         if before is not None:
             self._ask(self._client.delete_job, job.name)
-        runtime_env = {"working_dir": str(PROJECT), "env_vars": {_GRACE: str(job.grace_s), **job.env}}
-        self._ask(self._client.submit_job, entrypoint=job.entrypoint, submission_id=job.name, runtime_env=runtime_env)
+        first_line = f"{job.name}, submitted {time.strftime('%Y-%m-%d %H:%M:%S')} ({uuid.uuid4().hex[:6]})"
+        self._ask(
+            self._client.submit_job,
+            entrypoint=f"echo {shlex.quote(first_line)}; exec {job.command}",
+            submission_id=job.name,
+            runtime_env={"working_dir": str(PROJECT), "env_vars": {_GRACE: str(job.grace_s), **job.env}},
+        )
+        return first_line
 
     def status(self, name: str) -> JobStatus | None:
         """Return how a job stands; None: there is none of this name."""
         known = {info.submission_id: info.status for info in self._ask(self._client.list_jobs)}
         return known.get(name)
 
-    def logs(self, name: str) -> str:
-        """Return all that a job has printed."""
-        return str(self._ask(self._client.get_job_logs, name))
+    def output(self, name: str, *, first_line: str) -> str:
+        """Return what a job has printed after its first line; nothing before that."""
+        return str(self._ask(self._client.get_job_logs, name)).partition(f"{first_line}\n")[2]
 
     def message(self, name: str) -> str:
         """Return what the cluster says of a job's state."""
@@ -86,12 +101,12 @@ class Jobs:
         """Tell a job to end; it has its grace time to write a checkpoint."""
         self._ask(self._client.stop_job, name)
 
-    def follow(self, name: str, *, every_s: float = 1.0) -> JobStatus:
+    def follow(self, name: str, *, first_line: str, every_s: float = 1.0) -> JobStatus:
         """Print what a job prints until it ends; return how it ended."""
         shown = 0
         while True:
             status = self.status(name)
-            text = self.logs(name)
+            text = self.output(name, first_line=first_line)
             sys.stdout.write(text[shown:])
             sys.stdout.flush()
             shown = len(text)

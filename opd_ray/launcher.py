@@ -1,9 +1,12 @@
 """Hydra's launcher `hydra/launcher=ray_jobs`: every trial of a `--multirun` is a job of a Ray cluster."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -19,6 +22,7 @@ from rich.table import Table
 from opd_ray.jobs import TELL_RESULT, Job, Jobs, lasting_runs_dir, result_in
 from opd_ray.sweep import Outcome, record_trial, sweep_value, trial_name, trial_of
 
+_PLUGIN = "hydra_plugins.ray_jobs"
 _POLL_S = 2.0
 _GRACE_S = 600
 _PATIENCE_S = 10_000_000  # a trial waits for its place for as long as others hold it
@@ -29,7 +33,7 @@ _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 class RayJobsConf:
     """Options of the launcher, `hydra.launcher.*`."""
 
-    _target_: str = "hydra_plugins.ray_jobs.RayJobsLauncher"
+    _target_: str = f"{_PLUGIN}.RayJobsLauncher"
     address: str | None = None  # the dashboard, http://host:8265; null: RAY_API_SERVER_ADDRESS
     max_concurrent: int = 4  # trials at once; those that find no room wait in the cluster
 
@@ -43,6 +47,7 @@ class _Running:
     config: DictConfig
     overrides: Sequence[str]
     state: str = "waiting"
+    first_line: str = ""  # of what its job prints
     start: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     outcome: Outcome | None = None
@@ -104,7 +109,7 @@ class RayJobsLauncher(Launcher):
     def _start(self, trial: _Running) -> None:
         trial.start, trial.state = time.monotonic(), "submitted"
         try:
-            self._jobs.start(trial.job)
+            trial.first_line = self._jobs.start(trial.job)
         except ValueError as fault:
             trial.state, trial.outcome = "refused", Outcome(error=str(fault), exit_code=2)
 
@@ -114,7 +119,7 @@ class RayJobsLauncher(Launcher):
         trial.state, trial.seconds = name.lower(), time.monotonic() - trial.start
         if name not in _ENDED:
             return
-        logs = self._jobs.logs(trial.job.name)
+        logs = self._jobs.output(trial.job.name, first_line=trial.first_line)
         if name == "SUCCEEDED":
             trial.outcome = Outcome(summary=result_in(logs))
         else:
@@ -135,8 +140,13 @@ class RayJobsLauncher(Launcher):
 
 
 def register_launcher() -> None:
-    """Make the launcher known to Hydra, which takes plugins from the package hydra_plugins only, by their names."""
-    RayJobsLauncher.__module__ = "hydra_plugins.ray_jobs"
+    """Make the launcher known to Hydra, which takes plugins by name, from the package hydra_plugins only."""
+    try:
+        package = import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        package = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+    package.ray_jobs = sys.modules[_PLUGIN] = sys.modules[__name__]  # type: ignore[attr-defined]
+    RayJobsLauncher.__module__ = _PLUGIN
     Plugins.instance().register(RayJobsLauncher)
     ConfigStore.instance().store(group="hydra/launcher", name="ray_jobs", node=RayJobsConf)
 

@@ -56,18 +56,18 @@ def main() -> None:
     try:
         job = job_of(options.overrides, grace_s=options.grace)
         jobs = Jobs(options.address)
-        jobs.start(job)
+        first_line = jobs.start(job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_USER_ERROR) from None
-    print(f"submitted {job.name}: {job.entrypoint}", flush=True)
+    print(f"submitted {job.name}: {job.command}", flush=True)
     if not options.no_wait:
-        _follow(jobs, job)
+        _follow(jobs, job, first_line=first_line)
 
 
-def _follow(jobs: Jobs, job: Job) -> None:
+def _follow(jobs: Jobs, job: Job, *, first_line: str) -> None:
     try:
-        status = jobs.follow(job.name)
+        status = jobs.follow(job.name, first_line=first_line)
     except ValueError as error:
         print(f"error: {error}; the job may go on", file=sys.stderr)
         raise SystemExit(_RUN_FAILED) from None

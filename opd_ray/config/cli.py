@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -19,6 +19,21 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from opd_ray.config.schema import Config
 
 _UNKNOWN_KEY = (ConfigAttributeError, ConfigKeyError)
+# Keys that were renamed, and names that other systems have for ours.
+RENAMED = {
+    "learner.learning_rate": "learner.lr",
+    "learner.gradient_accumulation_steps": "learner.max_tokens_per_micro_batch, which counts tokens",
+    "rollout.n": "rollout.samples_per_prompt",
+    "rollout.num_generations": "rollout.samples_per_prompt",
+    "rollout.max_new_tokens": "rollout.max_response_tokens",
+    "rollout.max_tokens": "rollout.max_response_tokens",
+    "objective.beta": "objective.jsd_beta",
+    "objective.kl_coef": "nothing: the divergence is the loss itself",
+    "batch.size": "batch.num_prompts",
+    "max_steps": "num_steps",
+    "student.model": "student.path",
+    "teacher.model": "teacher.path",
+}
 _ENTRY = re.compile(r"\+*(?P<block>teachers|tasks)\.(?P<name>[^.=]+)[.=]")  # OmegaConf makes no typed entry key by key
 
 
@@ -29,6 +44,8 @@ def check_overrides(arguments: Sequence[str], *, config_dir: Path) -> list[str]:
     sweep, every value is tried with the first value of the others.
     """
     flags = get_args_parser().parse_intermixed_args(list(arguments))  # knows which flags take a value
+    if flags.shell_completion:
+        return list(arguments)
     parsed = [_parse(argument) for argument in flags.overrides]
     for override in parsed:
         if override.is_sweep_override() and not flags.multirun:
@@ -82,6 +99,9 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     key = override.get_key_element()
+    if override.is_interval_sweep():  # of an optimising sweeper: its two ends
+        interval = cast(IntervalSweep, override.value())
+        return [f"{key}={interval.start}", f"{key}={interval.end}"]
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -121,6 +141,8 @@ def _explain(error: Exception, *, overrides: Sequence[str]) -> str:
         return f"{key}: {first_line}" if key else f"{first_line} (given: {' '.join(overrides)})"
     if ".engine_args." in key:
         return f"{key}: engine_args holds no such key yet; add it with a plus: +{key}=..."
+    if key in RENAMED:
+        return f"{key}: no such key; here it is {RENAMED[key]}"
     near = _near(key)
     return f"{key}: no such key" + (f"; did you mean {near}?" if near else "")
 

@@ -2,10 +2,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from config_files import CONFIG_DIR, refusal
 
-from opd_ray.config.cli import check_overrides, known_keys
+from opd_ray.config.cli import RENAMED, check_overrides, known_keys
 from opd_ray.config.load import register_schema
+from opd_ray.config.services import EvalConfig
 
 DEMO = ("experiment=demo", "tracking=none")
 
@@ -183,3 +185,40 @@ def test_an_experiment_that_is_no_yaml_is_named_with_its_line(tmp_path: Path):
     assert "experiment/mine.yaml" in words
     assert "line 3" in words
     assert "\n" not in words
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("rollout.n=8", "rollout.samples_per_prompt"),
+        ("learner.learning_rate=1", "learner.lr"),
+        ("max_steps=3", "num_steps"),
+    ],
+)
+def test_a_name_that_other_systems_have_for_a_key_is_answered_with_ours(override: str, meant: str):
+    key = override.partition("=")[0]
+    assert refused(override) == f"{key}: no such key; here it is {meant}"
+
+
+def test_keys_that_are_told_as_renamed_do_not_exist_and_their_successors_do():
+    keys = known_keys()
+    assert not [old for old in RENAMED if old in keys]
+    assert all(new.partition(",")[0] in keys for new in RENAMED.values() if not new.startswith("nothing"))
+
+
+def test_both_ends_of_an_interval_are_tried():
+    check("--multirun", "learner.lr=interval(1e-5,1e-3)")
+    assert "learner.num_ranks" in refused("--multirun", "learner.num_ranks=interval(1,2.5)")
+
+
+def test_a_shells_questions_pass():
+    register_schema()
+    assert check_overrides(["-sc", "query=bash"], config_dir=CONFIG_DIR) == ["-sc", "query=bash"]
+
+
+def test_the_sweep_that_wandb_schedules_has_parameters_that_compose_and_a_metric_that_a_run_has():
+    sweep = yaml.safe_load((CONFIG_DIR / "wandb_sweep.yaml").read_text())
+    command = [part for part in sweep["command"] if "=" in part]
+    values = {k: p.get("values", [p.get("min"), p.get("max")]) for k, p in sweep["parameters"].items()}
+    check("--multirun", *command, *(f"{key}={','.join(map(str, of_key))}" for key, of_key in values.items()))
+    assert sweep["metric"]["name"] == EvalConfig().sweep_metric

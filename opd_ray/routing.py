@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from opd_ray.config.data import DataKind
 from opd_ray.config.schema import Config, TaskConfig, TeacherConfig
 
 DEFAULT_TEACHER = "teacher"
@@ -63,7 +64,8 @@ def task_config(config: Config, task: str) -> TaskConfig:
 
 def verifier_name(config: Config, task: str) -> str:
     """Return the name of the verifier of a task's responses."""
-    return task_config(config, task).verifier or task
+    made = "reasoning_gym" if config.data.kind is DataKind.reasoning_gym else task
+    return task_config(config, task).verifier or made
 
 
 def max_response_tokens(config: Config) -> int:

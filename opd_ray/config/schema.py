@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from opd_ray.config.data import DataConfig
 from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.services import ClusterConfig, EvalConfig, TrackingConfig
 from opd_ray.config.student import LoraConfig
@@ -28,21 +29,6 @@ class ResumePolicy(StrEnum):
     never = "never"
     auto = "auto"
     overwrite = "overwrite"
-
-
-class DataKind(StrEnum):
-    """Where prompts come from."""
-
-    task = "task"
-    jsonl = "jsonl"
-    parquet = "parquet"
-
-
-class LongPromptPolicy(StrEnum):
-    """What to do with a prompt longer than `data.max_prompt_tokens`, or empty."""
-
-    error = "error"
-    drop = "drop"
 
 
 class BatchMode(StrEnum):
@@ -143,24 +129,6 @@ class TeacherConfig:
         _require(
             recorded == (self.kind is TeacherKind.cache), "teacher.cache", self.cache, "path exactly with kind=cache"
         )
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Prompts to train on and prompts held out for evaluation."""
-
-    kind: DataKind
-    task: str | None = None  # built-in task (kind=task), or the task of records that name none
-    tasks: list[str] = field(default_factory=list)  # kind=task: several built-in tasks instead of one
-    path: str | None = None  # JSONL or Parquet file
-    eval_path: str | None = None  # held-out file; without it the last eval.num_prompts records of data.path
-    num_prompts: int = 16384  # kind=task: size of the training set that is made, of each task
-    max_prompt_tokens: int = 1024
-    long_prompts: LongPromptPolicy = LongPromptPolicy.error
-
-    def __post_init__(self) -> None:
-        _require(self.num_prompts >= 1, "data.num_prompts", self.num_prompts, "an integer of at least 1")
-        _require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

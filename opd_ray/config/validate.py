@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from opd_ray.config.data import DataKind
 from opd_ray.config.devices import check_devices
 from opd_ray.config.objective import (
     BaselineKind,
@@ -13,8 +14,9 @@ from opd_ray.config.objective import (
     TailKind,
 )
 from opd_ray.config.offload import check_zero_options
-from opd_ray.config.schema import Config, DataKind
+from opd_ray.config.schema import Config
 from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
+from opd_ray.data.reasoning import check_dataset
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.routing import max_response_tokens, teacher_key, teachers_of, verifier_name
 from opd_ray.weight_sync import chosen_sync
@@ -79,17 +81,20 @@ def _data(config: Config) -> None:
     for task, special in config.tasks.items():
         if special.verifier is not None:
             _check_verifier(f"tasks.{task}.verifier", special.verifier)
-    if data.kind is DataKind.task:
+    if data.kind in (DataKind.task, DataKind.reasoning_gym):
         known = ", ".join(sorted(TASKS))
         for task in data.tasks or [str(data.task)]:
             key = "data.tasks" if data.tasks else "data.task"
-            _require(task in TASKS, f"{key}={task}: expected a built-in task ({known})")
+            if data.kind is DataKind.reasoning_gym:
+                check_dataset(key, task)
+            else:
+                _require(task in TASKS, f"{key}={task}: expected a built-in task ({known})")
         return
     _require(data.path is not None, f"data.path is not given: data={data.kind.value} expects the path of a file")
     _require(
         not data.tasks,
-        f"data.tasks={data.tasks} with data={data.kind.value}: expected data=task; the records of a file name their"
-        " own tasks",
+        f"data.tasks={data.tasks} with data={data.kind.value}: expected data=task or data=reasoning_gym; the"
+        " records of a file name their own tasks",
     )
     if data.task is not None:
         _check_verifier("data.task", verifier_name(config, data.task))

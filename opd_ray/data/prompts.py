@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.config.schema import BatchMode, Config, DataConfig, DataKind, LongPromptPolicy
+from opd_ray.config.data import DataConfig, DataKind, LongPromptPolicy
+from opd_ray.config.schema import BatchMode, Config
 from opd_ray.data.batches import in_shares
-from opd_ray.data.records import Record, read_records
+from opd_ray.data.reasoning import reasoning_records
+from opd_ray.data.records import Record, as_messages, read_records
 from opd_ray.data.tasks import TASKS, verifier
 from opd_ray.data.teacher_context import shown_to_teacher
 from opd_ray.protocol import Prompt
@@ -41,8 +43,8 @@ def load_prompts(config: Config, *, tokenizer: Any) -> PromptSets:
     ValueError, naming file and line, for records that cannot be used.
     """
     data, num_held_out = config.data, config.eval.num_prompts
-    if data.kind is DataKind.task:
-        train, held_out = _task_records(config)
+    if data.kind in (DataKind.task, DataKind.reasoning_gym):
+        train, held_out = _task_records(config, as_chat=tokenizer.chat_template is not None)
     else:
         train, held_out = _file_records(data, num_held_out=num_held_out)
     seen = {r.content for r in held_out}
@@ -88,26 +90,32 @@ def _check_numbers(config: Config, sets: PromptSets) -> None:
             )
 
 
-def _task_records(config: Config) -> tuple[list[Record], list[Record]]:
-    """Return training and held-out records of the built-in tasks; the tasks share the held-out ones equally."""
+def _task_records(config: Config, *, as_chat: bool) -> tuple[list[Record], list[Record]]:
+    """Return training and held-out records that are made here; the tasks share the held-out ones equally.
+
+    as_chat: a dataset's questions are messages, under the student's chat template.
+    """
     tasks = task_names(config.data)
     num_held_out = in_shares(config.eval.num_prompts, np.ones(len(tasks)))
     train, held_out = [], []
     for task, num_of_task in zip(tasks, num_held_out, strict=True):
-        train += _examples(task, config.data.num_prompts, seed=derive_seed(config.seed, _TRAIN_STREAM))
-        held_out += _examples(task, num_of_task, seed=derive_seed(config.seed, _HELD_OUT_STREAM))
+        make = _examples if config.data.kind is DataKind.task else reasoning_records
+        train += make(task, num_records=config.data.num_prompts, seed=derive_seed(config.seed, _TRAIN_STREAM))
+        held_out += make(task, num_records=num_of_task, seed=derive_seed(config.seed, _HELD_OUT_STREAM))
+    if config.data.kind is DataKind.reasoning_gym and as_chat:
+        return list(map(as_messages, train)), list(map(as_messages, held_out))
     return train, held_out
 
 
 def task_names(data: DataConfig) -> list[str]:
-    """Return the built-in tasks that prompts are made of."""
+    """Return the built-in tasks or datasets that prompts are made of."""
     return data.tasks or [data.task or ""]
 
 
-def _examples(task: str, num_examples: int, *, seed: int) -> list[Record]:
+def _examples(task: str, *, num_records: int, seed: int) -> list[Record]:
     return [
         Record(where=f"task {task}", prompt=e.prompt, messages=None, answer=e.answer, task=task)
-        for e in TASKS[task].examples(num_examples=num_examples, seed=seed)
+        for e in TASKS[task].examples(num_examples=num_records, seed=seed)
     ]
 
 
@@ -144,7 +152,7 @@ def _tokenise(records: list[Record], *, config: Config, tokenizer: Any) -> Itera
             index=index,
             task=task,
             verifier=marked_by,
-            answer=record.answer,
+            answer=record.reference or record.answer,
             teacher_ids_P=np.asarray(teacher_ids, dtype=np.int32),
         )
     if refused and data.long_prompts is LongPromptPolicy.error:
@@ -202,6 +210,6 @@ def _check_answer(name: str, record: Record) -> None:
     try:
         verify = verifier(name)
         if record.answer is not None:
-            verify("", record.answer)
+            verify("", record.reference or record.answer)
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_ray.config.schema import DataKind
+from opd_ray.config.data import DataKind
 
 _FIELDS = ("prompt", "messages", "answer", "task")
 
@@ -23,11 +23,17 @@ class Record:
     messages: list[dict[str, str]] | None
     answer: str | None
     task: str | None
+    reference: str | None = None  # what the verifier compares with instead of the answer
 
     @property
     def content(self) -> str:
         """Return what the model would be shown, as one text: equal for equal prompts."""
         return self.prompt if self.prompt is not None else json.dumps(self.messages)
+
+
+def as_messages(record: Record) -> Record:
+    """Return a record of plain text as one that a user says, for a chat template."""
+    return replace(record, prompt=None, messages=[{"role": "user", "content": record.prompt or ""}])
 
 
 def read_records(path: str, *, kind: DataKind, key: str = "data.path") -> list[Record]:

@@ -1,17 +1,10 @@
-"""Tasks with a known right answer, and the verifiers that mark a response.
-
-A task makes its own prompts and marks responses to them; a verifier marks responses to prompts read from a file.
-Both give 1.0 for a right response and 0.0 for a wrong one.
-"""
+"""Built-in tasks: each makes its own prompts and marks the responses to them, 1.0 for a right one and 0.0 otherwise."""
 
 import random
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-Verifier = Callable[[str, str], float]
-"""(response, answer) -> 1.0 or 0.0"""
+from opd_ray.data.verifiers import VERIFIERS, Verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,30 +74,7 @@ class CopyTask:
         return TaskExample(prompt="+".join(digits) + "==", answer="".join(digits))
 
 
-def verify_exact(response: str, answer: str) -> float:
-    """Return 1.0 when the texts are equal, white space at either end aside."""
-    return float(response.strip() == answer.strip())
-
-
-def verify_numeric(response: str, answer: str) -> float:
-    """Return 1.0 when the last number of the response equals the last number of the answer.
-
-    Commas between digits are dropped. A response without a number is wrong; an answer without one raises ValueError.
-    """
-    expected = _last_number(answer)
-    if expected is None:
-        raise ValueError(f"verifier 'numeric' expects an answer that holds a number, was given {answer!r}")
-    return float(_last_number(response) == expected)
-
-
-def _last_number(text: str) -> float | None:
-    numbers = re.findall(r"(?<![\d.])-?\d+(?:\.\d+)?|-?\.\d+", text.replace(",", ""))
-    return float(numbers[-1]) if numbers else None
-
-
 TASKS: dict[str, Task] = {"sort": SortTask(), "copy": CopyTask()}
-
-VERIFIERS: dict[str, Verifier] = {"exact": verify_exact, "numeric": verify_numeric}
 
 
 def verifier(name: str) -> Verifier:

@@ -16,6 +16,7 @@ from opd_ray.config.objective import ObjectiveConfig
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.config.student import LoraConfig
 from opd_ray.data.tasks import verifier
+from opd_ray.data.verifiers import SLOW_VERIFIERS
 from opd_ray.protocol import (
     Finish,
     Float32,
@@ -160,7 +161,11 @@ class RolloutWorker:
         completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         samples = [output.outputs[0] for output in completions]
         texts = [self._tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in samples]
-        group = build_group(request, samples, rewards=_rewards(request.prompt, texts))
+        if request.prompt.verifier in SLOW_VERIFIERS:
+            rewards = await asyncio.to_thread(_rewards, request.prompt, texts)
+        else:
+            rewards = _rewards(request.prompt, texts)
+        group = build_group(request, samples, rewards=rewards)
         summary = self._summarise(request, group, text=texts[0], seconds=time.perf_counter() - start)
         return replace(summary, span=span_since(at_work)), group
 

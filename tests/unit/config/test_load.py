@@ -5,9 +5,10 @@ import yaml
 from config_files import CONFIG_DIR, MANDATORY, compose_config, compose_raw, refusal
 from omegaconf import OmegaConf
 
+from opd_ray.config.data import DataKind
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.objective import ObjectiveKind
-from opd_ray.config.schema import Config, DataKind, Dtype, TaskConfig, TeacherConfig, TinyModelConfig
+from opd_ray.config.schema import Config, Dtype, TaskConfig, TeacherConfig, TinyModelConfig
 from opd_ray.config.services import TrackingKind
 
 CHOICES = [
@@ -83,6 +84,7 @@ NEEDED = {
     ("teacher", "http"): ['teacher.http.urls=["http://127.0.0.1:9"]'],
     ("teacher", "cache"): ["teacher.cache.path=scores"],
     ("teacher", "self"): ["teacher.path=student"],
+    ("data", "reasoning_gym"): ["data.task=chain_sum"],
 }
 
 

@@ -4,12 +4,11 @@ from dataclasses import MISSING, fields
 import pytest
 from config_files import compose_config, refusal
 
+from opd_ray.config.data import DataConfig, DataKind
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import (
     BatchConfig,
     Config,
-    DataConfig,
-    DataKind,
     EvalConfig,
     LearnerConfig,
     RolloutConfig,
@@ -46,7 +45,7 @@ RULES: list[tuple[Callable[..., object], str, object, str]] = [
     *((TinyModelConfig, f"*.build.{n}", 0, ANY_COUNT) for n in ("num_steps", "batch_size")),
     (a_teacher, "teacher.num_workers", 0, ANY_COUNT),
     (some_data, "data.num_prompts", 0, ANY_COUNT),
-    (some_data, "data.max_prompt_tokens", 0, "at least 1"),
+    (some_data, "data.max_prompt_tokens", 0, "an integer of at least 1"),
     (BatchConfig, "batch.num_prompts", 0, ANY_COUNT),
     (BatchConfig, "batch.max_bad_fraction", -0.1, "a number from 0 to 1"),
     (BatchConfig, "batch.max_bad_fraction", 1.5, "a number from 0 to 1"),

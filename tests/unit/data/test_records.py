@@ -8,7 +8,7 @@ from config_files import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd_ray.config.schema import DataKind
+from opd_ray.config.data import DataKind
 from opd_ray.data.records import Record, read_records
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import ray
 
 from opd_ray.config.schema import Config
-from workers.measuring import learner_alone, reference_logprobs, teacher_sampler, teacher_scorer
+from workers.measuring import learner_alone, model_sampler, reference_logprobs, teacher_sampler, teacher_scorer
 from workers.opening import WorkerClasses, open_fleets
 from workers.placement import capacity, check_capacity, connect, is_local, pools, totals
 from workers.reservation import told_to
@@ -22,6 +22,7 @@ __all__ = [
     "head_keys",
     "is_local",
     "learner_alone",
+    "model_sampler",
     "open_fleets",
     "pools",
     "reference_logprobs",

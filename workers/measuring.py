@@ -8,7 +8,9 @@ from pathlib import Path
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from opd_ray.config.schema import Config, TeacherConfig
+from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
+from opd_ray.config.schema import Config, RolloutConfig, TeacherConfig
+from opd_ray.config.services import ClusterConfig
 from opd_ray.config.weight_sync import WeightSync
 from opd_ray.protocol import Float32, Int32, Payload, RolloutFleet, ScoreRequest
 from opd_ray.requests import ObjectiveIds
@@ -16,7 +18,7 @@ from opd_ray.routing import max_response_tokens
 from workers.fleet import Berth, kill, spawn
 from workers.learner.fleet import RayLearner
 from workers.opening import learner_arguments
-from workers.placement import Pool, is_local, pools, shares_one_gpu
+from workers.placement import Pool, check_capacity, connect, is_local, pools, shares_one_gpu
 from workers.reference import ReferenceModel
 from workers.reservation import reserve
 from workers.rollout.fleet import RayRolloutFleet
@@ -30,7 +32,7 @@ def teacher_sampler(
     """Start one rollout worker on a teacher's weights, to measure the teacher itself; it ends on leaving."""
     model = replace(config.rollout, num_workers=1, dtype=teacher.dtype, weight_sync=WeightSync.object_store)
     pool = replace(pools(config)["rollout"], num_workers=1)
-    with _berth(config, role=role, pool=pool, log_dir=log_dir) as berth:
+    with _berth(config.cluster, role=role, pool=pool, log_dir=log_dir) as berth:
         fleet = RayRolloutFleet(
             model_path=teacher.path,
             config=model,
@@ -40,6 +42,37 @@ def teacher_sampler(
         )
         with _opened(fleet):
             yield fleet
+
+
+@contextmanager
+def model_sampler(
+    path: str, *, rollout: RolloutConfig, cluster: ClusterConfig, max_model_tokens: int, log_dir: Path
+) -> Iterator[RolloutFleet]:
+    """Join or start a cluster and start rollout workers on a model, to measure it; all ends on leaving.
+
+    Raises ValueError when there is no cluster or it is too small.
+    """
+    pool = Pool(
+        key="num_workers",
+        num_workers=rollout.num_workers,
+        cpus_per_worker=rollout.cpus_per_worker,
+        gpus_per_worker=rollout.gpus_per_worker,
+    )
+    connect(cluster)
+    try:
+        check_capacity([pool])
+        with _berth(cluster, role="evaluator", pool=pool, log_dir=log_dir) as berth:
+            fleet = RayRolloutFleet(
+                model_path=path,
+                config=replace(rollout, weight_sync=WeightSync.object_store),
+                objective=ObjectiveConfig(kind=ObjectiveKind.sampled),
+                max_model_tokens=max_model_tokens,
+                berth=berth,
+            )
+            with _opened(fleet):
+                yield fleet
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -64,7 +97,7 @@ def teacher_scorer(
         "temperature": temperature,
         "equivalent_ids": (),
     }
-    with _berth(config, role=role, pool=pool, log_dir=log_dir) as berth:
+    with _berth(config.cluster, role=role, pool=pool, log_dir=log_dir) as berth:
         fleet = RayTeacherFleet(name=role, config=teacher, berth=berth, arguments=arguments)
         with _opened(fleet):
             yield fleet
@@ -81,7 +114,7 @@ def learner_alone(
     arguments = learner_arguments(
         config, teacher_paths=teacher_paths, vocab_size=vocab_size, ids=ObjectiveIds(masked=(), equivalent=())
     )
-    with _berth(config, role="learner-alone", pool=pools(config)["learner"], log_dir=log_dir) as berth:
+    with _berth(config.cluster, role="learner-alone", pool=pools(config)["learner"], log_dir=log_dir) as berth:
         learner = RayLearner(config=config.learner, berth=berth, arguments=arguments)
         with _opened(learner):
             yield learner
@@ -95,7 +128,7 @@ def reference_logprobs(
         key="teacher.cpus_per_worker", num_workers=1, cpus_per_worker=teacher.cpus_per_worker, gpus_per_worker=0.0
     )
     arguments = {"path": teacher.path, "vocab_size": vocab_size, "temperature": config.rollout.temperature}
-    with _berth(config, role="reference", pool=pool, log_dir=log_dir) as berth:
+    with _berth(config.cluster, role="reference", pool=pool, log_dir=log_dir) as berth:
         (actor,) = spawn(ReferenceModel, berth=berth, arguments=arguments, concurrent=False)
         try:
             logprobs_N: Float32 = ray.get(actor.logprobs.remote(samples))
@@ -114,9 +147,9 @@ def _opened(fleet: RayRolloutFleet | RayTeacherFleet | RayLearner) -> Iterator[N
 
 
 @contextmanager
-def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[Berth]:
+def _berth(cluster: ClusterConfig, *, role: str, pool: Pool, log_dir: Path) -> Iterator[Berth]:
     """Reserve a place for one pool alone."""
-    group = reserve([pool], timeout_s=config.cluster.placement_timeout_s)
+    group = reserve([pool], timeout_s=cluster.placement_timeout_s)
     try:
         yield Berth(
             role=role,
@@ -124,8 +157,8 @@ def _berth(config: Config, *, role: str, pool: Pool, log_dir: Path) -> Iterator[
             placement_group=group,
             one_bundle=shares_one_gpu([pool]),
             log_dir=log_dir,
-            num_threads=config.cluster.threads_per_worker,
-            local=is_local(config.cluster),
+            num_threads=cluster.threads_per_worker,
+            local=is_local(cluster),
         )
     finally:
         remove_placement_group(group)

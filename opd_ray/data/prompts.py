@@ -99,7 +99,7 @@ def _task_records(config: Config, *, as_chat: bool) -> tuple[list[Record], list[
     num_held_out = in_shares(config.eval.num_prompts, np.ones(len(tasks)))
     train, held_out = [], []
     for task, num_of_task in zip(tasks, num_held_out, strict=True):
-        make = _examples if config.data.kind is DataKind.task else reasoning_records
+        make = task_examples if config.data.kind is DataKind.task else reasoning_records
         train += make(task, num_records=config.data.num_prompts, seed=derive_seed(config.seed, _TRAIN_STREAM))
         held_out += make(task, num_records=num_of_task, seed=derive_seed(config.seed, _HELD_OUT_STREAM))
     if config.data.kind is DataKind.reasoning_gym and as_chat:
@@ -112,7 +112,8 @@ def task_names(data: DataConfig) -> list[str]:
     return data.tasks or [data.task or ""]
 
 
-def _examples(task: str, *, num_records: int, seed: int) -> list[Record]:
+def task_examples(task: str, *, num_records: int, seed: int) -> list[Record]:
+    """Return prompts of a built-in task."""
     return [
         Record(where=f"task {task}", prompt=e.prompt, messages=None, answer=e.answer, task=task)
         for e in TASKS[task].examples(num_examples=num_records, seed=seed)
@@ -137,7 +138,7 @@ def _tokenise(records: list[Record], *, config: Config, tokenizer: Any) -> Itera
     data = config.data
     refused: list[tuple[Record, int]] = []
     usable: list[tuple[int, Record, list[int]]] = []
-    for index, (record, ids) in enumerate(zip(records, _token_ids(records, tokenizer=tokenizer), strict=True)):
+    for index, (record, ids) in enumerate(zip(records, token_ids(records, tokenizer=tokenizer), strict=True)):
         if 1 <= len(ids) <= data.max_prompt_tokens:
             usable.append((index, record, ids))
         else:
@@ -146,7 +147,7 @@ def _tokenise(records: list[Record], *, config: Config, tokenizer: Any) -> Itera
     for (index, record, ids), teacher_ids in zip(usable, for_teacher, strict=True):
         task = _task_of(record, data)
         marked_by = verifier_name(config, task)
-        _check_answer(marked_by, record)
+        check_answer(marked_by, record)
         yield Prompt(
             ids_P=np.asarray(ids, dtype=np.int32),
             index=index,
@@ -172,11 +173,12 @@ def _task_of(record: Record, data: DataConfig) -> str:
 def _teacher_ids(records: list[Record], *, config: Config, tokenizer: Any) -> list[list[int]]:
     """Return what the teacher reads instead of each prompt; [] where it reads the same."""
     contexts = [context_of(config, _task_of(record, config.data)) for record in records]
-    shown = iter(_token_ids(shown_to_teacher(records, contexts), tokenizer=tokenizer))
+    shown = iter(token_ids(shown_to_teacher(records, contexts), tokenizer=tokenizer))
     return [[] if context is None else next(shown) for context in contexts]
 
 
-def _token_ids(records: list[Record], *, tokenizer: Any) -> list[list[int]]:
+def token_ids(records: list[Record], *, tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of each prompt, messages under the chat template. Raises ValueError naming a record."""
     of_texts = iter(_plain_ids([r for r in records if r.messages is None], tokenizer=tokenizer))
     return [next(of_texts) if r.messages is None else _chat_ids(r, tokenizer=tokenizer) for r in records]
 
@@ -205,7 +207,7 @@ def _chat_ids(record: Record, *, tokenizer: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(record.messages, add_generation_prompt=True, return_dict=False))
 
 
-def _check_answer(name: str, record: Record) -> None:
+def check_answer(name: str, record: Record) -> None:
     """Refuse now what the verifier would refuse in a worker: an unknown task, an answer it cannot compare to."""
     try:
         verify = verifier(name)

@@ -71,7 +71,11 @@ def build_loop(  # noqa: PLR0913 - everything a run is made of
             dispatcher=dispatcher, max_bad_fraction=config.batch.max_bad_fraction, quarantine=quarantine
         ),
         evaluator=FleetEvaluator(
-            held_out=held_out(config, prompts), fleets=fleets, asked=held_out_request(config), quarantine=quarantine
+            held_out=held_out(config, prompts),
+            fleets=fleets,
+            asked=held_out_request(config),
+            quarantine=quarantine,
+            keep=tracker.compare,
         ),
         checkpoints=checkpoints,
         tracker=tracker,

@@ -90,8 +90,8 @@ class EngineTest:
         with workers.learner_alone(
             self.config, teacher_paths={role: teacher.path}, vocab_size=self.vocab_size, log_dir=self.log_dir
         ) as learner:
-            kl, _ = learner.held_out_kl(Batch(step=0, groups=handles, scores=answers))
-        return kl, _flat([score.sampled_logprobs_N for score in scores])
+            compared = learner.compare(Batch(step=0, groups=handles, scores=answers))
+        return compared.kl, _flat([score.sampled_logprobs_N for score in scores])
 
     def reference_gap(
         self, teacher: TeacherConfig, *, handles: Sequence[GroupHandle], by_engine_N: Float32, num_tokens: int

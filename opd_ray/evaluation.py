@@ -1,10 +1,11 @@
 """Held-out evaluation through the run's own fleets: accuracy by the task's verifier, and the exact reverse KL."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
+from opd_ray.comparison import Comparison, joined
 from opd_ray.controller import Fleets
 from opd_ray.metrics import mean_reward
 from opd_ray.protocol import (
@@ -77,12 +78,14 @@ class FleetEvaluator:
     # of the teacher: hidden states for the exact KL, or the sampled tokens' log-probs; None: no teacher to ask
     asked: ScoreRequest | None
     quarantine: Quarantine
+    keep: Callable[[int, Mapping[str, Comparison]], None] = lambda *_: None  # is given a version's, by task
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/accuracy` (greedy), `eval/accuracy_avg` (mean of k samples), `eval/reverse_kl` in nats a token.
 
         The reverse KL is taken at the prefixes of the k samples, exactly over the vocabulary; from a teacher without
-        hidden states by the sampled tokens, which is unbiased but noisy. It is left out where no teacher is there to
+        hidden states by the sampled tokens, which is unbiased but noisy. Beside it stand the means and quantiles of
+        `Comparison.metrics`, such as `eval/teacher_entropy`. All of these are left out where no teacher is there to
         ask, accuracies where prompts have no answers. Groups that the teacher cannot score are left out of the KL,
         which is absent where none is left, and counted in `eval/bad_groups`. With several tasks each has its own as
         well: `eval/reverse_kl_<task>` and so on.
@@ -104,7 +107,7 @@ class FleetEvaluator:
             return {}
         scores = self.fleets.teacher.score(sampled, self.asked)
         batch = self._scored(Batch(step=version, groups=sampled, scores=scores))
-        return {**self._reverse_kl(batch), "eval/bad_groups": float(len(sampled) - len(batch.groups))}
+        return {**self._compared(batch), "eval/bad_groups": float(len(sampled) - len(batch.groups))}
 
     def _scored(self, batch: Batch) -> Batch:
         """Wait for the scores; return the part of the batch that has them and quarantine the rest."""
@@ -129,19 +132,24 @@ class FleetEvaluator:
             )
         return _part(batch, [not fault for fault in faults])
 
-    def _reverse_kl(self, batch: Batch) -> Metrics:
+    def _compared(self, batch: Batch) -> Metrics:
+        """Return what the learner says of student and teacher at the samples; hand all of it on."""
         of_tasks = {
-            task: self.fleets.learner.held_out_kl(
+            task: self.fleets.learner.compare(
                 _part(batch, [group.request.prompt.task == task for group in batch.groups])
             )
             for task in sorted({group.request.prompt.task for group in batch.groups})
         }
         if not of_tasks:
             return {}
-        total = sum(kl * num_tokens for kl, num_tokens in of_tasks.values())
-        mean = total / sum(num_tokens for _, num_tokens in of_tasks.values())
+        self.keep(batch.step, of_tasks)
+        whole = joined(list(of_tasks.values()))
         apart = of_tasks if len(self.held_out.tasks) > 1 else {}
-        return {"eval/reverse_kl": mean, **{f"eval/reverse_kl_{task}": kl for task, (kl, _) in apart.items()}}
+        return {
+            "eval/reverse_kl": whole.kl,
+            **{f"eval/reverse_kl_{task}": compared.kl for task, compared in apart.items()},
+            **{f"eval/{name}": value for name, value in whole.metrics().items()},
+        }
 
 
 def _part(batch: Batch, wanted: Sequence[bool]) -> Batch:

@@ -16,6 +16,7 @@ def rollout_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
         "rollout/response_tokens_mean": sum(lengths) / len(lengths),
         "rollout/response_tokens_max": float(max(lengths)),
         "rollout/truncated_fraction": sum(s.num_truncated for s in summaries) / len(lengths),
+        "rollout/repetition": sum(s.repetition for s in summaries) / len(summaries),
         "time/generate_s_max": max(s.generate_s for s in summaries),
     }
     return metrics | mean_reward("rollout/accuracy", summaries)

@@ -1,8 +1,8 @@
 """What the parts say to each other: messages between actors, and the Protocols of the fleets.
 
 Array suffixes: P prompt tokens, N flat response tokens of a group, G samples of a group, K support size, H pages of
-65,536 ids beyond the first, D hidden size.
-Index t of any per-token array speaks of token t itself, never of the next one. Log-probs are in nats.
+65,536 ids beyond the first, D hidden size. Index t of any per-token array speaks of token t itself, never of the next
+one. Log-probs are in nats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-Int32 = npt.NDArray[np.int32]
-UInt16 = npt.NDArray[np.uint16]
-Float32 = npt.NDArray[np.float32]
+from opd_ray.arrays import Bool, no_flags, no_ids
+from opd_ray.arrays import Float32 as Float32
+from opd_ray.arrays import Int32 as Int32
+from opd_ray.arrays import UInt16 as UInt16
+from opd_ray.comparison import Comparison
+
 Metrics = Mapping[str, float]
 RECORDED_VERSION = -1  # of a token that the policy of an earlier run sampled: no version of this run's student
 Ref = Any  # a reference to a value in the object store: `ray.ObjectRef` outside tests
@@ -67,8 +70,7 @@ class Prompt:
     task: str  # decides teacher, sampling and weight
     verifier: str  # marks the responses
     answer: str | None  # reference answer; None: nothing to verify against
-    # what the teacher reads instead; [0]: the same
-    teacher_ids_P: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    teacher_ids_P: Int32 = field(default_factory=no_ids)  # what the teacher reads instead; [0]: the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +94,14 @@ class TrajectoryGroup:
     offsets: Int32  # [G+1] response g is response_ids[offsets[g]:offsets[g+1]]
     sampled_logprobs: Float32  # [N] at the rollout temperature, over all ids or (correct_top_p) the nucleus
     token_versions: Int32  # [N] version of the policy that sampled the token, or RECORDED_VERSION
-    loss_mask: npt.NDArray[np.bool_]  # [N] false: a token the policy did not choose
+    loss_mask: Bool  # [N] false: a token the policy did not choose
     support_ids: Int32  # [N,K] the student's own top-K at sampling time, -1 for none; K = 0 when not asked for
     rewards: Float32  # [G] of the task's verifier; [0] without a reference answer
     finish: npt.NDArray[np.int8]  # [G] values of `Finish`
     prompt_index: int
     task: str
     seed: int
-    # what the teacher reads for prompt_ids; [0]: the same
-    teacher_prompt_ids: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    teacher_prompt_ids: Int32 = field(default_factory=no_ids)  # what the teacher reads for prompt_ids; [0]: the same
 
     def __post_init__(self) -> None:
         num_tokens = len(self.response_ids)
@@ -126,6 +127,7 @@ class GroupSummary:
     oldest_version: int
     text: str  # prompt and first response, for people
     generate_s: float  # from the request's arrival at the worker to its last token
+    repetition: float = 0.0  # share of 4-grams that the response had before, mean over responses
     span: tuple[str, float, float] = ("", 0.0, 0.0)  # worker, and from when to when it was at it, Unix seconds
 
 
@@ -135,8 +137,7 @@ class ScoreRequest:
 
     payload: Payload
     sampled_logprobs: bool = False  # also the log-prob of each sampled token, whatever the payload
-    # of a `support` payload only
-    support: Literal["teacher", "student", "union"] = "teacher"  # whose likeliest tokens
+    support: Literal["teacher", "student", "union"] = "teacher"  # of `support` alone, as all below: whose top
     top_k: int = 0
     top_p: float = 1.0  # below 1: the fewest of the teacher's top_k that hold this mass
     include_sampled: bool = False  # the sampled token joins the support
@@ -148,8 +149,7 @@ class SampledScore:
     """The teacher's log-prob of each sampled token: 4 bytes a token."""
 
     logprobs_N: Float32  # [N] full vocabulary, at the rollout temperature
-    # [N] false: the teacher says nothing of the token, which belongs in no loss; [0]: all are valid
-    valid_N: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+    valid_N: Bool = field(default_factory=no_flags)  # [N] false: nothing is said of the token, no loss; [0]: all valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,8 +291,8 @@ class Learner(Lasting, Protocol):
         """Put the current weights into the object store under a version."""
         ...
 
-    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
-        """Return KL(student || teacher) in nats a token, exact on hidden states only, and the number of tokens."""
+    def compare(self, batch: Batch) -> Comparison:
+        """Return how the student stands to the teacher: KL(student || teacher), exact on hidden states only."""
         ...
 
     def export(self, folder: str) -> None:

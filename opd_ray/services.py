@@ -1,9 +1,10 @@
 """What the loop uses besides the fleets: where prompts come from, what is screened, measured, saved and recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from opd_ray.comparison import Comparison
 from opd_ray.protocol import Batch, GroupSummary, Lasting, Metrics, Prompt, ScoreSummary
 
 
@@ -78,6 +79,10 @@ class Tracker(Protocol):
         scored: Sequence[ScoreSummary] = (),
     ) -> None:
         """Record the metrics of an update, its samples, and who worked when."""
+        ...
+
+    def compare(self, step: int, by_task: Mapping[str, Comparison]) -> None:
+        """Record how student and teacher stand to one another at an evaluation's samples."""
         ...
 
     def holds(self, step: int) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from opd_ray.comparison import Comparison
 from opd_ray.console import StepLine
 from opd_ray.metrics import rollout_metrics, samples_shown
 from opd_ray.mismatch import MismatchWatch
@@ -16,6 +17,8 @@ from opd_ray.pipeline_log import PipelineLog
 from opd_ray.protocol import GroupSummary, Metrics, ScoreSummary
 from opd_ray.sinks import SampleRow, Sink
 from opd_ray.state import RunDir
+from opd_ray.trace_log import FILE as TRACES_FILE
+from opd_ray.trace_log import add_traces, trace_rows
 
 
 class RunTracker:
@@ -33,8 +36,8 @@ class RunTracker:
         pipeline: PipelineLog | None = None,
     ) -> None:
         self._steps = {line["step"] for line in _kept_lines(run_dir.path / "metrics.jsonl", step=step)}
-        for path in (run_dir.path / "samples.jsonl", run_dir.path / SPANS_FILE, run_dir.quarantine):
-            _kept_lines(path, step=step)
+        for name in ("samples.jsonl", SPANS_FILE, TRACES_FILE, run_dir.quarantine.name):
+            _kept_lines(run_dir.path / name, step=step)
         self._run_dir = run_dir
         self._num_samples = num_samples
         self._sinks = sinks
@@ -83,6 +86,13 @@ class RunTracker:
             self._line.say(f"hint: {hint}")
         if self._pipeline:
             self._pipeline.begin()
+
+    def compare(self, step: int, by_task: Mapping[str, Comparison]) -> None:
+        """Record how student and teacher stand to one another at an evaluation's samples."""
+        add_traces(self._run_dir.path, step, by_task)
+        rows = trace_rows(step, by_task)
+        for sink in self._sinks if rows else ():
+            sink.show(rows)
 
     def holds(self, step: int) -> bool:
         """Whether a step has been recorded, by this process or by the one that it resumes."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ray.exceptions import RayError
 
+from opd_ray.comparison import Comparison
 from opd_ray.protocol import Batch, Learner, Metrics, RolloutFleet, TeacherFleet, WeightBundle
 
 
@@ -81,9 +82,9 @@ class ColocatedLearner:
         """Put the current weights into the object store under a version."""
         return self._learner.publish(version)
 
-    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
-        """KL(student || teacher); the engines stay awake, a forward pass takes little."""
-        return self._learner.held_out_kl(batch)
+    def compare(self, batch: Batch) -> Comparison:
+        """How the student stands to the teacher; the engines stay awake, a forward pass takes little."""
+        return self._learner.compare(batch)
 
     def save(self, folder: str) -> None:
         """Write a checkpoint."""

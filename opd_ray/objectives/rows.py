@@ -92,5 +92,8 @@ def without_masked(part: RowLosses, masked_N: Tensor) -> RowLosses:
         slope_NV=None,
         divergence_N=part.divergence_N.masked_fill(masked_N, 0),
         logprobs_N=None if part.logprobs_N is None else part.logprobs_N.masked_fill(masked_N, 0),
-        stats={name: value.masked_fill(masked_N, 0) for name, value in part.stats.items()},
+        stats={
+            name: value.masked_fill(masked_N.view(-1, *(1 for _ in value.shape[1:])), 0)
+            for name, value in part.stats.items()
+        },
     )

@@ -1,44 +1,83 @@
 """Charts as SVG text: curves over steps, and a timeline of who worked when. Colours are the page's CSS classes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from opd_ray.pipeline import Window
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 420, 180, 52, 24, 8
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 420, 180, 52, 24, 8, 12
 _LANE, _AXIS, _LABEL = 22, 24, 96
 _NUM_TICKS = 4
 PHASES = ("generate", "score", "learn", "publish")
+Points = Sequence[tuple[float, float]]
 
 
-def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """Return a line through (step, value) points, with ticks at round numbers."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_ticks, y_ticks = [x for x in ticks(xs[0], xs[-1]) if xs[0] <= x <= xs[-1]], ticks(min(ys), max(ys))
-    x0, x1 = xs[0], xs[-1]
-    y0, y1 = y_ticks[0], y_ticks[-1]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """Two linear axes of a chart."""
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x0) / ((x1 - x0) or 1) * (_WIDTH - _LEFT - 12)
-        up = (y - y0) / ((y1 - y0) or 1) * (_HEIGHT - _BOTTOM - _TOP)
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    x_ticks: Sequence[float]
+    y_ticks: Sequence[float]
+    form: Callable[[float], str] = "{:g}".format
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return where a point lies in the drawing."""
+        across = (x - self.x0) / ((self.x1 - self.x0) or 1) * (_WIDTH - _LEFT - _RIGHT)
+        up = (y - self.y0) / ((self.y1 - self.y0) or 1) * (_HEIGHT - _BOTTOM - _TOP)
         return _LEFT + across, _HEIGHT - _BOTTOM - up
 
-    parts = []
-    for value in y_ticks:
-        _, y = at(x0, value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in x_ticks:
-        x, _ = at(value, y0)
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{value:g}</text>')
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-    parts.append(f'<polyline class="curve" points="{path}"/>')
-    if len(points) == 1:
-        x, y = at(*points[0])
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    def frame(self) -> str:
+        """Return the grid and the numbers at its sides."""
+        parts = []
+        for value in self.y_ticks:
+            _, y = self.at(self.x0, value)
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{self.form(value)}</text>')
+        for value in self.x_ticks:
+            x, _ = self.at(value, self.y0)
+            parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{self.form(value)}</text>')
+        return "".join(parts)
+
+    def line(self, points: Points, *, css: str) -> str:
+        """Return a line through points; a single one is a dot."""
+        places = [self.at(*point) for point in points]
+        if len(places) == 1:
+            ((x, y),) = places
+            return f'<circle class="{css} dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        return f'<polyline class="{css}" points="{path}"/>'
+
+
+def figure(title: str, content: str) -> str:
+    """Return a drawing with its title."""
+    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{content}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+
+
+def curve(title: str, points: Points) -> str:
+    """Return a line through (step, value) points, with ticks at round numbers."""
+    return curves(title, {"": points})
+
+
+def curves(title: str, series: Mapping[str, Points]) -> str:
+    """Return a line for each series, in the order of the colours; hovering tells its name."""
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
+    x0, x1, y_ticks = min(xs), max(xs), ticks(min(ys), max(ys))
+    x_ticks = [x for x in ticks(x0, x1) if x0 <= x <= x1]
+    axes = Axes(x0=x0, x1=x1, y0=y_ticks[0], y1=y_ticks[-1], x_ticks=x_ticks, y_ticks=y_ticks)
+    lines = [
+        f"<g><title>{escape(name)}</title>{axes.line(points, css=f'curve s{i}')}</g>"
+        for i, (name, points) in enumerate(series.items())
+        if points
+    ]
+    return figure(title, axes.frame() + "".join(lines))
 
 
 def ticks(low: float, high: float) -> list[float]:

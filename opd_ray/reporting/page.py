@@ -3,22 +3,49 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import escape
+from typing import Any
 
 from opd_ray.pipeline import Window
 from opd_ray.reporting.charts import curve, timeline
+from opd_ray.reporting.style import page
+from opd_ray.reporting.tokens import tokens_sections
 
-_CURVES = {
-    "distill/reverse_kl": "reverse KL, training estimate (nats a token)",
-    "eval/reverse_kl": "reverse KL, held out (nats a token)",
-    "eval/accuracy": "accuracy, held out, greedy",
-    "rollout/accuracy": "accuracy of rollouts",
-    "train/grad_norm": "gradient norm",
-    "rollout/logprob_gap_max": "largest log-prob gap, sampler to learner (nats)",
-    "time/step_s": "step (s)",
-    "perf/tokens_per_s": "response tokens a second",
+CURVES = {
+    "Distillation": {
+        "distill/reverse_kl": "reverse KL, training estimate (nats a token)",
+        "eval/reverse_kl": "reverse KL, held out (nats a token)",
+        "eval/negative_reward_fraction": "share of tokens with a negative reward, held out",
+        "eval/student_entropy": "student's entropy, held out (nats)",
+        "eval/teacher_entropy": "teacher's entropy on the same prefixes (nats)",
+        "eval/topk_overlap": "overlap of the 16 likeliest tokens",
+        "eval/student_mass_in_teacher_topk": "student's mass in the teacher's top 16",
+        "eval/teacher_mass_in_student_topk": "teacher's mass in the student's top 16",
+        "distill/support_teacher_mass": "teacher's mass in the support",
+        "distill/support_student_mass": "student's mass in the support",
+    },
+    "Responses": {
+        "eval/accuracy": "accuracy, held out, greedy",
+        "rollout/accuracy": "accuracy of rollouts",
+        "rollout/response_tokens_mean": "response tokens, mean",
+        "rollout/truncated_fraction": "truncated responses",
+        "rollout/repetition": "repeated 4-grams, share of a response",
+    },
+    "Optimisation": {
+        "train/loss": "loss",
+        "train/grad_norm": "gradient norm",
+        "train/lr": "learning rate",
+        "train/ess_fraction": "effective sample size, share of the tokens",
+        "train/token_age_mean": "age of tokens, mean (versions)",
+        "rollout/logprob_gap_max": "largest log-prob gap, sampler to learner (nats)",
+    },
+    "Time": {
+        "time/step_s": "step (s)",
+        "perf/tokens_per_s": "response tokens a second",
+    },
 }
-_SUMMARY = {
+SUMMARY = {
     "student_accuracy_before": "student accuracy before",
     "student_accuracy_after": "student accuracy after",
     "teacher_accuracy": "teacher accuracy",
@@ -29,26 +56,6 @@ _SUMMARY = {
     "wall_s": "whole run, s",
 }
 _UTILISATION = ("rollout", "teacher", "learner")
-_STYLE = """
-:root{color-scheme:light dark;--fg:#1c1e21;--bg:#fff;--soft:#667;--line:#d8dbe0;--band:#f3f4f7;
---generate:#3b76c4;--score:#c9822b;--learn:#3f9a5f;--publish:#a1549b}
-@media (prefers-color-scheme:dark){:root{--fg:#e4e6ea;--bg:#15171b;--soft:#9aa;--line:#363a42;--band:#1e2127;
---generate:#6ea3ea;--score:#e5a85c;--learn:#66c088;--publish:#cc86c6}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1060px;margin:2rem auto;
-padding:0 1rem}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.3rem 0;color:var(--soft)}
-table{border-collapse:collapse}td,th{padding:.2rem .9rem .2rem 0;text-align:left;font-weight:normal}
-td:not(:first-child){text-align:right;font-variant-numeric:tabular-nums}tr+tr td{border-top:1px solid var(--line)}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
-figure{margin:0}figcaption{color:var(--soft);font-size:.85rem}svg{width:100%;height:auto;display:block}
-svg text{font-size:11px;fill:var(--soft)}.grid{stroke:var(--line)}.curve{fill:none;stroke:var(--generate);
-stroke-width:1.6}.dot{fill:var(--generate)}.window{fill:var(--band);stroke:var(--line)}.wide{overflow-x:auto}
-.wide svg{min-width:700px}.generate{fill:var(--generate);background:var(--generate)}.score{fill:var(--score);
-background:var(--score)}.learn{fill:var(--learn);background:var(--learn)}.publish{fill:var(--publish);
-background:var(--publish)}.key{margin-right:1rem;color:var(--soft);font-size:.85rem}.key i{display:inline-block;
-width:.8em;height:.8em;margin-right:.35em;border-radius:2px}pre{overflow-x:auto;background:var(--band);padding:1rem;
-font-size:13px}.hint{border-left:3px solid var(--score);padding-left:.8rem;color:var(--fg)}
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,9 @@ class RunRecord:
     summary: Mapping[str, float]
     windows: Sequence[Window]  # the newest
     hints: Sequence[str]
+    events: Sequence[Mapping[str, Any]]  # the newest, of every kind
+    traces: Mapping[str, Any]  # of the newest evaluation, by task
+    traces_step: int
 
 
 def render(run: RunRecord) -> str:
@@ -70,15 +80,20 @@ def render(run: RunRecord) -> str:
         f"<h1>{escape(run.name)}</h1><p>{escape(run.headline)}</p>",
         _section("Result", _figures(run)),
         _section("Curves", _curves(run.history)),
+        _section("Student and teacher, token by token", _tokens(run)),
         _section("Who works when", _pipeline(run)),
+        _section("Events", _events(run.events)),
         f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>",
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(run.name)} - opd-ray</title><style>{_STYLE}</style>"
-    )
-    body = "".join(sections)
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    return page(run.name, "".join(sections))
+
+
+def points_of(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of a metric, whose name may go on after the key: that of an estimate names its objective."""
+    name = next((n for m in history for n in m if n == key), None)
+    if name is None and key.startswith("distill/"):
+        name = next((n for m in history for n in m if n.startswith(f"{key}_")), None)
+    return [(m["step"], m[name]) for m in history if name in m] if name else []
 
 
 def _section(title: str, content: str) -> str:
@@ -89,17 +104,35 @@ def _figures(run: RunRecord) -> str:
     if not run.summary:
         steps = max((int(m["step"]) for m in run.history), default=0)
         return f"<p>The run is not over: {steps} steps are recorded.</p>"
-    return _table([(words, f"{run.summary[key]:,.4g}") for key, words in _SUMMARY.items() if key in run.summary])
+    return _table([(words, f"{run.summary[key]:,.4g}") for key, words in SUMMARY.items() if key in run.summary])
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> str:
-    figures = []
-    for key, title in _CURVES.items():
-        name = next((n for m in history for n in m if n == key or n.startswith(f"{key}_")), key)
-        points = [(m["step"], m[name]) for m in history if name in m]
-        if points:
-            figures.append(curve(title, points))
-    return f'<div class="grid2">{"".join(figures)}</div>' if figures else "<p>No step is recorded yet.</p>"
+    groups = []
+    for group, titles in CURVES.items():
+        known = {title: points_of(history, key) for key, title in titles.items()}
+        figures = [curve(title, points) for title, points in known.items() if points]
+        if figures:
+            groups.append(f'<h3>{group}</h3><div class="grid2">{"".join(figures)}</div>')
+    return "".join(groups) or "<p>No step is recorded yet.</p>"
+
+
+def _tokens(run: RunRecord) -> str:
+    if not run.traces:
+        return "<p>No evaluation has compared student and teacher yet.</p>"
+    sections = "".join(tokens_sections(task, told) for task, told in run.traces.items())
+    return f"<p>Held-out samples of the student after update {run.traces_step}.</p>{sections}"
+
+
+def _events(events: Sequence[Mapping[str, Any]]) -> str:
+    if not events:
+        return "<p>Nothing befell the run.</p>"
+    rows = "".join(
+        f"<tr><td>{datetime.fromtimestamp(e.get('time', 0), UTC):%Y-%m-%d %H:%M:%S}</td>"
+        f"<td>{escape(str(e.get('kind')))}</td><td>{escape(str(e.get('message')))}</td></tr>"
+        for e in events
+    )
+    return f'<table class="texts"><tr><th>UTC</th><th>what</th><th></th></tr>{rows}</table>'
 
 
 def _pipeline(run: RunRecord) -> str:

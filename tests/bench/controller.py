@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from harness import Figure, at_most
 
+from opd_ray.comparison import Comparison
 from opd_ray.config.schema import BatchMode
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.batches import TaskPrompts
@@ -173,8 +174,8 @@ class _Learner:
     def publish(self, version: int) -> WeightBundle:
         return WeightBundle(version=version, manifest=None, buffer=None)
 
-    def held_out_kl(self, batch: Batch) -> tuple[float, int]:  # noqa: ARG002
-        return 0.0, 1
+    def compare(self, batch: Batch) -> Comparison:
+        raise NotImplementedError(batch)
 
     def save(self, folder: str) -> None: ...
 

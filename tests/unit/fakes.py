@@ -1,11 +1,12 @@
 """Stand-ins for the fleets and for what the loop reports to: each writes what it was asked to one list of events."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from opd_ray.comparison import Comparison, TokenPoints
 from opd_ray.controller import Fleets
 from opd_ray.dispatch import Dispatcher
 from opd_ray.protocol import (
@@ -144,10 +145,10 @@ class FakeLearner:
         self.version = version
         return WeightBundle(version=version, manifest=None, buffer=None)
 
-    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
-        self.events.append(("held_out_kl", batch.step))
+    def compare(self, batch: Batch) -> Comparison:
+        self.events.append(("compare", batch.step))
         self.batches.append(batch)
-        return 2.25 / len(batch.groups), 10 * len(batch.groups)
+        return make_comparison(kl_sum=22.5, num_tokens=10 * len(batch.groups))
 
     def save(self, folder: str) -> None:
         self.events.append(("save", folder))
@@ -237,6 +238,9 @@ class FakeTracker:
         self.events.append(("log", step))
         self.metrics[step], self.summaries[step], self.scored[step] = metrics, summaries, scored
 
+    def compare(self, step: int, by_task: Mapping[str, Comparison]) -> None:
+        self.events.append(("compare", step, sorted(by_task)))
+
     def holds(self, step: int) -> bool:
         return step in self.metrics or step in self.held
 
@@ -267,3 +271,16 @@ def fake_window(fleets: Fleets, *, num_steps: int, max_staleness: int = 0, overp
 def fake_fleets(events: list[Event], *, rewards: Sequence[float] = ()) -> Fleets:
     rollout = FakeRollout(events, rewards=rewards)
     return Fleets(rollout=rollout, teacher=FakeTeacher(events), learner=FakeLearner(events))
+
+
+def make_comparison(*, kl_sum: float, num_tokens: int, **given: object) -> Comparison:
+    """Return a comparison without any tokens of its own, unless they are given."""
+    none = np.empty(0, dtype=np.float32)
+    points = TokenPoints(
+        ids_M=none.astype(np.int32),
+        positions_M=none.astype(np.int32),
+        student_logprobs_M=none,
+        teacher_logprobs_M=none,
+    )
+    fields: dict = {"sums": {}, "points": points, "token_texts": {}, "traces": (), **given}
+    return Comparison(kl_sum=kl_sum, num_tokens=num_tokens, **fields)

@@ -40,7 +40,7 @@ def test_the_kl_is_that_of_the_samples_scored_with_hidden_states_and_nothing_is_
     events: list[Event] = []
     fleets = fake_fleets(events)
     FleetEvaluator(held_out=HELD_OUT, fleets=fleets, asked=HIDDEN, quarantine=FakeQuarantine()).evaluate(2)
-    assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, HIDDEN), ("held_out_kl", 2)]
+    assert events == [("generate", 0, 2), ("generate", 0, 2), ("score", 0, HIDDEN), ("compare", 2)]
     (batch,) = fleets.learner.batches
     sampled = fleets.rollout.requests[3:]
     assert [group.summary for group in batch.groups] == sampled

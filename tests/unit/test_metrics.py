@@ -12,6 +12,7 @@ def test_rollout_metrics_speak_of_responses_not_of_groups():
         "rollout/response_tokens_mean": 5,
         "rollout/response_tokens_max": 8,
         "rollout/truncated_fraction": 0.25,
+        "rollout/repetition": 0.0,
         "time/generate_s_max": 0.5,
         "rollout/accuracy": 0.75,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray.pipeline import Span, Window
-from opd_ray.report import main, write_report
+from opd_ray.report import main, write_comparison, write_report
 from opd_ray.reporting.charts import curve, ticks, timeline
 
 CONFIG = """name: "<b>bold</b>"
@@ -19,12 +19,50 @@ STEP = {"step": 1, "train/loss": 2.0, "distill/reverse_kl_full": 0.5, "perf/roll
 WINDOW = {"step": 1, "start": 100.0, "end": 102.0, "spans": [["rollout-0", "generate", 100.0, 101.5]]}
 
 
+TRACES = {
+    "step": 7,
+    "tasks": {
+        "sort": {
+            "points": {
+                "student": [0.5, 0.00001, 1.0],
+                "teacher": [0.25, 0.5, 1.0],
+                "position": [0, 1, 2],
+                "token": ["<script>", " ", "b"],
+            },
+            "positions": [{"first": 0, "last": 1, "low": -1.0, "middle": 0.1, "high": 2.0}],
+            "worst": [
+                {
+                    "token": "<script>",
+                    "id": 1,
+                    "count": 3,
+                    "gap": -0.693,
+                    "student": 0.5,
+                    "teacher": 0.25,
+                    "share": 2.08,
+                }
+            ],
+            "traces": [
+                {
+                    "prompt": "<i>1+2=",
+                    "tokens": ["<b>", "\n"],
+                    "student": [-0.1, -2.0],
+                    "teacher": [-3.2, -0.5],
+                    "student_top": [[["<b>", -0.1], ["c", -3.0]], [["\n", -2.0]]],
+                    "teacher_top": [[["d", -0.01]], [["\n", -0.5]]],
+                }
+            ],
+        }
+    },
+}
+
+
 def run_dir(path: Path, *, metrics: str = json.dumps(STEP) + "\n", summary: bool = True) -> Path:
     (path / "config.yaml").write_text(CONFIG)
     (path / "metrics.jsonl").write_text(metrics)
     (path / "spans.jsonl").write_text(json.dumps(WINDOW) + "\n")
     hint = {"time": 1.0, "kind": "pools_badly_split", "message": "step 9: teacher is <idle>"}
     (path / "events.jsonl").write_text(json.dumps(hint) + "\n")
+    (path / "traces.jsonl").write_text(json.dumps({**TRACES, "step": 5}) + "\n" + json.dumps(TRACES) + "\n")
     if summary:
         (path / "summary.json").write_text(json.dumps({"student_accuracy_after": 0.875}))
     return path
@@ -44,6 +82,62 @@ def test_a_page_shows_figures_curves_timeline_and_hint_and_escapes_what_a_run_wr
 def test_a_page_loads_nothing_from_anywhere(tmp_path: Path):
     text = write_report(run_dir(tmp_path)).read_text()
     assert re.findall(r"https?://|src=|<script|@import|url\(", text) == []
+
+
+def test_a_page_shows_student_and_teacher_token_by_token_and_escapes_their_texts(tmp_path: Path):
+    text = write_report(run_dir(tmp_path)).read_text()
+    assert "Held-out samples of the student after update 7." in text
+    assert "of 33% of them the teacher thinks less than the student" in text
+    assert "<title>&lt;script&gt; at 0: student 0.5, teacher 0.25</title>" in text
+    assert "<title>· at 1: student 1e-05, teacher 0.5</title>" in text
+    assert "<code>&lt;script&gt;</code></td><td>3</td><td>-0.693</td><td>0.500</td><td>0.250</td><td>2.08</td>" in text
+    assert '<span class="prompt">&lt;i&gt;1+2=</span>' in text
+    assert '<span class="token below" style="--strength:75%" tabindex="0">&lt;b&gt;' in text
+    assert '<span class="token above" style="--strength:38%" tabindex="0">⏎\n' in text
+    assert "student 90.5%, teacher 4.1%" in text
+    assert "teacher: d 99.0%" in text
+
+
+def test_a_run_whose_teacher_compares_no_tokens_says_so(tmp_path: Path):
+    folder = run_dir(tmp_path)
+    (folder / "traces.jsonl").unlink()
+    assert "No evaluation has compared student and teacher yet." in write_report(folder).read_text()
+
+
+def other_run(path: Path, *, lr: str, name: str = "other") -> Path:
+    path.mkdir()
+    run_dir(path)
+    (path / "config.yaml").write_text(CONFIG.replace('"<b>bold</b>"', name) + f"learner: {{lr: {lr}, zero_stage: 2}}\n")
+    return path
+
+
+def test_runs_side_by_side_share_charts_and_show_where_their_configurations_differ(tmp_path: Path):
+    folders = [other_run(tmp_path / "a", lr="0.1"), other_run(tmp_path / "b", lr="0.2")]
+    text = write_comparison(folders, tmp_path / "comparison.html").read_text()
+    assert '<i class="series s0"></i>other (1)' in text
+    assert '<i class="series s1"></i>other (2)' in text
+    assert "<tr><td>learner.lr</td><td>0.1</td><td>0.2</td></tr>" in text
+    assert "learner.zero_stage" not in text
+    assert text.count("<g><title>other (1)</title>") == text.count("<g><title>other (2)</title>") >= 2
+    assert re.findall(r"https?://|src=|<script|@import|url\(", text) == []
+
+
+def test_the_command_writes_each_page_and_one_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folders = [other_run(tmp_path / name, lr="0.1", name=name) for name in "ab"]
+    monkeypatch.setattr("sys.argv", ["report", *map(str, folders)])
+    main()
+    pages = [folders[0] / "report.html", folders[1] / "report.html", tmp_path / "comparison.html"]
+    assert capsys.readouterr().out.splitlines() == list(map(str, pages))
+    assert all("<!doctype html>" in page.read_text() for page in pages)
+    assert "Nowhere." not in pages[2].read_text()  # their names differ
+
+
+def test_more_runs_than_colours_are_refused(tmp_path: Path):
+    folder = other_run(tmp_path / "a", lr="0.1")
+    with pytest.raises(ValueError, match="9 runs: expected at most 8"):
+        write_comparison([folder] * 9, tmp_path / "comparison.html")
 
 
 @pytest.mark.parametrize("metrics", ["", '{"step": 1, "train/lo'], ids=["no step yet", "the last line is cut short"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from opd_ray.comparison import Comparison, joined
 from opd_ray.config.schema import LearnerConfig
 from opd_ray.data.models import hidden_size
 from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
@@ -66,13 +67,11 @@ class RayLearner:
         """Have every rank give the GPU's memory that it does not use back."""
         ray.get([rank.release_memory.remote() for rank in self._ranks])
 
-    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
-        """Exact KL(student || teacher), mean over the batch's tokens, in nats, and their number."""
+    def compare(self, batch: Batch) -> Comparison:
+        """Return how the student stands to the teacher at the batch's tokens."""
         summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
         shares = self._split(batch, summaries, positions=range(len(batch.groups)), part=0)
-        results = ray.get([rank.held_out_kl.remote(rank_batch, *refs) for rank, rank_batch, refs in shares])
-        num_tokens = sum(count for _, count in results)
-        return sum(total for total, _ in results) / num_tokens, num_tokens
+        return joined(ray.get([rank.compare.remote(rank_batch, *refs) for rank, rank_batch, refs in shares]))
 
     def publish(self, version: int) -> WeightBundle:
         """Start gathering the weights of all ranks; the references resolve when they are in the object store."""

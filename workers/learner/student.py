@@ -12,9 +12,11 @@ from opd_ray.config.schema import LearnerConfig, LrSchedule
 from opd_ray.config.student import LoraConfig
 from opd_ray.data.lora import add_adapters
 from opd_ray.objectives import OBJECTIVES, ObjectiveOptions, Signal, Tokens, keep_high_entropy
+from opd_ray.objectives.comparison import COMPARISON
 from workers.learner.attention import PACKED_ATTENTION, PackedLayout, register
 from workers.learner.partitioning import gathered_by_module, partitioned_loading
 
+_KNOWN = {**OBJECTIVES, "comparison": COMPARISON}
 _SCHEDULES = {
     LrSchedule.constant: "constant_with_warmup",
     LrSchedule.linear: "linear",
@@ -51,7 +53,7 @@ class Student(nn.Module):
         hidden_ND = states_BTD.flatten(0, 1).index_select(0, state_rows_N)
         head_VD = self.head_VD
         tokens = keep_high_entropy(hidden_ND, head_VD, tokens=tokens, options=options)
-        losses = OBJECTIVES[objective].losses(hidden_ND, head_VD, tokens=tokens, signal=signal, options=options)
+        losses = _KNOWN[objective].losses(hidden_ND, head_VD, tokens=tokens, signal=signal, options=options)
         return tuple(getattr(losses, field.name) for field in fields(losses))
 
     @property

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from ray.util import get_node_ip_address
 
+from opd_ray.comparison import MAX_POINTS, Comparison
 from opd_ray.config.schema import LearnerConfig
 from opd_ray.config.student import LoraConfig
 from opd_ray.data.lora import adapter_parameters
 from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
+from workers.learner.comparison import Comparer, stride_of
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
@@ -141,26 +143,28 @@ class LearnerWorker:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def held_out_kl(self, batch: RankBatch, *groups_and_scores: Any) -> tuple[float, int]:
-        """Return the sum of KL(student || teacher) in nats over this rank's tokens, and their count.
+    def compare(self, batch: RankBatch, *groups_and_scores: Any) -> Comparison:
+        """Return how the student stands to the teacher at this rank's tokens: KL(student || teacher) and more.
 
-        Exact where the teacher gave hidden states; else log p - log q of the sampled tokens, unbiased but noisy.
+        Exact where the teacher gave hidden states; else by log p - log q of the sampled tokens, unbiased but noisy.
         """
         groups, scores = groups_and_scores[: batch.num_groups], groups_and_scores[batch.num_groups :]
         sequences = split_groups(groups, scores, sampled_tokens(groups, scores), teachers=batch.teachers)
-        objective = "full" if isinstance(scores[0], HiddenScore) else "sampled"
+        objective = "comparison" if isinstance(scores[0], HiddenScore) else "sampled"
         options = ObjectiveOptions(
             temperature=self._objective.temperature,
             vocab_size=self._objective.vocab_size,
             chunk_tokens=self._options.chunk_tokens,
         )
-        total, num_tokens = 0.0, 0
+        num_tokens = sum(int(s.kept.sum()) for s in sequences)
+        comparer = Comparer(
+            stride=stride_of(num_tokens, max_points=MAX_POINTS // self._config.num_ranks),
+            decode=self._tokenizer().decode,
+        )
         for indices in batch.micro_batches:
             micro_batch = self._micro_batch(sequences, indices)
-            losses = self._forward(micro_batch, objective=objective, options=options)
-            total += float(losses.divergence_N.sum())
-            num_tokens += sum(int(s.kept.sum()) for s in micro_batch)
-        return total, num_tokens
+            comparer.add(self._forward(micro_batch, objective=objective, options=options), micro_batch)
+        return comparer.result()
 
     def connect(self, workers: Sequence[Any], address: str, port: int) -> None:
         """Meet the rollout workers, where weights do not travel through the object store."""

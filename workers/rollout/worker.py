@@ -4,6 +4,7 @@ vLLM is imported when a worker is built: the driver needs the class only.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -191,7 +192,19 @@ class RolloutWorker:
             oldest_version=int(group.token_versions.min()),
             text=f"{prompt_text}{text}"[:_MAX_TEXT_CHARACTERS],
             generate_s=seconds,
+            repetition=repetition(group),
         )
+
+
+def repetition(group: TrajectoryGroup) -> float:
+    """Return the share of a response's 4-grams that stand in it earlier as well, mean over the group's responses."""
+    shares = []
+    for start, end in itertools.pairwise(group.offsets.tolist()):
+        ids = group.response_ids[start:end].tolist()
+        num_grams = max(len(ids) - 3, 1)
+        distinct = set(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
+        shares.append(1.0 - max(len(distinct), 1) / num_grams)
+    return sum(shares) / len(shares)
 
 
 def logprob_args(config: RolloutConfig, objective: ObjectiveConfig) -> dict[str, Any]:

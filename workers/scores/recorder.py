@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from opd_ray.comparison import Comparison
 from opd_ray.protocol import Batch, Learner, Metrics, WeightBundle
 from opd_ray.scores.files import write_update
 from opd_ray.scores.messages import Scored
@@ -64,9 +65,9 @@ class RecordingLearner:
         """Put the current weights into the object store under a version."""
         return self._learner.publish(version)
 
-    def held_out_kl(self, batch: Batch) -> tuple[float, int]:
-        """KL(student || teacher); evaluation is not recorded."""
-        return self._learner.held_out_kl(batch)
+    def compare(self, batch: Batch) -> Comparison:
+        """How the student stands to the teacher; evaluation is not recorded."""
+        return self._learner.compare(batch)
 
     def save(self, folder: str) -> None:
         """Write a checkpoint, after the files of the updates it holds."""

@@ -110,9 +110,9 @@ def test_a_teacher_that_wakes_with_other_weights_ends_the_update():
 def test_what_takes_no_update_is_the_learners_own_and_wakes_nobody(tmp_path: Path):
     events: list[Event] = []
     learner = colocated(Rollout(events), Teacher(events), Learner(events))
-    assert learner.held_out_kl(batch()) == (2.25, 10)
+    assert learner.compare(batch()).kl == 2.25
     learner.save(str(tmp_path))
     learner.restore("there")
     learner.export("here")
-    expected = [("held_out_kl", 3), ("save", str(tmp_path)), ("restore", "there"), ("export", "here")]
+    expected = [("compare", 3), ("save", str(tmp_path)), ("restore", "there"), ("export", "here")]
     assert events == expected

@@ -8,7 +8,7 @@ from fakes import make_prompt
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.protocol import Finish, GenerateRequest, SamplingOptions, TrajectoryGroup
-from workers.rollout.worker import _rewards, build_group, logprob_args, within_mass
+from workers.rollout.worker import _rewards, build_group, logprob_args, repetition, within_mass
 
 SAMPLING = SamplingOptions(
     num_samples=2, max_response_tokens=3, temperature=1.0, top_p=1.0, support_size=0, support_top_p=1.0
@@ -184,3 +184,34 @@ def test_the_engine_may_give_as_many_logprobs_as_the_support_has_and_never_fewer
 ):
     given = logprob_args(RolloutConfig(), ObjectiveConfig(kind=ObjectiveKind.support, top_k=top_k))
     assert given["max_logprobs"] == expected
+
+
+def responses(*ids: list[int]) -> TrajectoryGroup:
+    lengths = [len(of_one) for of_one in ids]
+    flat = np.array([id_ for of_one in ids for id_ in of_one], dtype=np.int32)
+    return replace(
+        GROUP,
+        response_ids=flat,
+        offsets=np.cumsum([0, *lengths]).astype(np.int32),
+        sampled_logprobs=np.zeros(len(flat), dtype=np.float32),
+        token_versions=np.zeros(len(flat), dtype=np.int32),
+        loss_mask=np.ones(len(flat), dtype=np.bool_),
+        support_ids=np.empty((len(flat), 0), dtype=np.int32),
+        rewards=np.empty(0, dtype=np.float32),
+        finish=np.zeros(len(ids), dtype=np.int8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ([1, 2, 3, 4, 5, 6], 0.0),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # five 4-grams, of which the last is the first
+        ([7, 7, 7, 7, 7, 7], 2 / 3),  # three, all the same
+        ([1, 2, 3], 0.0),  # none
+        ([1], 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_4_grams_that_were_there_before(ids: list[int], share: float):
+    assert repetition(responses(ids)) == pytest.approx(share)
+    assert repetition(responses(ids, [1, 2, 3, 4])) == pytest.approx(share / 2)

@@ -7,7 +7,6 @@ import numpy as np
 
 from opd_ray.config.data import DataKind
 from opd_ray.config.evaluate import EvaluateConfig
-from opd_ray.data.hub import local_folder
 from opd_ray.data.prompts import check_answer, task_examples, token_ids
 from opd_ray.data.reasoning import check_dataset, reasoning_records
 from opd_ray.data.records import Record, as_messages, read_records
@@ -41,7 +40,7 @@ def model_folder(model: str) -> str:
         raise ValueError(
             f"model={model}: there is no such folder; expected a Hugging Face folder, a hub name or a run dir"
         )
-    return model if folder.is_dir() else str(local_folder(model))
+    return model
 
 
 def evaluation_prompts(config: EvaluateConfig, *, tokenizer: Any) -> list[Prompt]:

@@ -44,6 +44,11 @@ def open_model(key: str, path: str) -> ModelFiles:
     return ModelFiles(key=key, folder=folder, tokenizer=_tokenizer(key, folder), config=_model_config(key, folder))
 
 
+def open_tokenizer(key: str, path: str) -> Any:
+    """Return the tokenizer of a folder or hub name, whose weights need not be there. Raises ValueError without one."""
+    return _tokenizer(key, _folder(key, path, weights=False))
+
+
 def hidden_size(path: str) -> int:
     """Return the width of a model's states. Raises ValueError for a folder that is no model."""
     return int(_model_config("student.path", _folder("student.path", path)).hidden_size)

@@ -136,6 +136,19 @@ def full_kl(student: Any, teacher: Any) -> tuple[torch.Tensor, int]:
     return total, count
 
 
+def token_means(student: Any, teacher: Any) -> tuple[float, float, float]:
+    """Return means over all response tokens: the student's entropy, the teacher's, log q - log p of the token."""
+    entropies_p, entropies_q, rewards = [], [], []
+    with torch.no_grad():
+        for group in GROUPS:
+            log_p, log_q = reference_logprobs(student, group), reference_logprobs(teacher, group)
+            entropies_p.append(-(log_p.exp() * log_p).sum(-1))
+            entropies_q.append(-(log_q.exp() * log_q).sum(-1))
+            rewards.append(sampled(log_q, group) - sampled(log_p, group))
+    entropy_p, entropy_q, reward = (float(torch.cat(of_all).mean()) for of_all in (entropies_p, entropies_q, rewards))
+    return entropy_p, entropy_q, reward
+
+
 def plain_optimizer(student: torch.nn.Module, *, lr: float) -> torch.optim.Optimizer:
     """Return the optimizer that the learner should have, for all that is trained."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -20,6 +20,7 @@ from learners import (
     plain_optimizer,
     plain_update,
     published_weights,
+    token_means,
 )
 from transformers import AutoModelForCausalLM
 
@@ -102,6 +103,10 @@ def test_one_update_is_the_plain_torch_update_however_it_is_cut(
     compared = learner.compare(batch)
     assert compared.kl == pytest.approx(float(total.detach()) / count, rel=1e-4)
     assert compared.num_tokens == count
+    assert len(compared.points.ids_M) == count
+    means = compared.metrics()
+    found = means["student_entropy"], means["teacher_entropy"], float(compared.points.rewards_M.mean())
+    assert found == pytest.approx(token_means(student, teacher), rel=1e-3)
     learner.close()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
 from opd_ray.pipeline_log import read_windows
+from opd_ray.report import write_report
 
 pytestmark = pytest.mark.ray
 
@@ -48,6 +49,14 @@ def test_a_teacher_that_is_the_student_gives_kl_zero_through_the_whole_stack(
     )
     assert summary["reverse_kl_before"] < 1e-4
     assert summary["reverse_kl_after"] < 1e-4
+    evaluated = [m for m in read_lines(tmp_path / "runs" / "test" / "metrics.jsonl") if "eval/reverse_kl" in m]
+    for metrics in evaluated:
+        assert max(abs(metrics[f"eval/logprob_gap_p{q}"]) for q in (10, 50, 90)) < 1e-4
+        assert metrics["eval/student_entropy"] == pytest.approx(metrics["eval/teacher_entropy"], abs=1e-4)
+        assert metrics["eval/topk_overlap"] > 0.99
+        assert metrics["eval/student_mass_in_teacher_topk"] == pytest.approx(
+            metrics["eval/teacher_mass_in_student_topk"], abs=1e-4
+        )
     steps = [m for m in read_lines(tmp_path / "runs" / "test" / "metrics.jsonl") if m["step"] > 0]
     assert len(steps) == 2
     for metrics in steps:
@@ -139,6 +148,15 @@ def test_a_run_leaves_what_the_readme_lists_and_a_student_that_others_load(
     assert written == dict(summary)
     assert {"wall_s", "steps", "teacher_accuracy", "student_accuracy_before", "reverse_kl_after"} <= written.keys()
     assert len(read_lines(run_dir / "samples.jsonl")) == 2 * 2
+    traces = read_lines(run_dir / "traces.jsonl")
+    assert [line["step"] for line in traces] == [0, 1, 2]
+    for line in traces:
+        told = line["tasks"]["sort"]
+        gaps = [q - p for p, q in zip(told["traces"][0]["student"], told["traces"][0]["teacher"], strict=True)]
+        assert len(told["traces"][0]["tokens"]) == len(gaps) == len(told["traces"][0]["teacher_top"])
+        assert max(map(abs, gaps)) > 0.01
+        assert "+" in told["traces"][0]["prompt"]
+    assert "Student and teacher, token by token" in write_report(run_dir).read_text()
     assert "num_prompts: 4" in (run_dir / "config.yaml").read_text()
     assert {p.name for p in (run_dir / "logs").iterdir()} >= {"rollout-0.log", "teacher-0.log", "learner-1.log"}
     assert list((run_dir / "wandb").glob("offline-run-*"))

@@ -10,6 +10,7 @@ from opd_ray.pipeline import Window
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 420, 180, 52, 24, 8, 12
 _LANE, _AXIS, _LABEL = 22, 24, 96
 _NUM_TICKS = 4
+_ROUNDING = 1e-6  # of a value: what differs by less is the same
 PHASES = ("generate", "score", "learn", "publish")
 Points = Sequence[tuple[float, float]]
 
@@ -82,7 +83,9 @@ def curves(title: str, series: Mapping[str, Points]) -> str:
 
 def ticks(low: float, high: float) -> list[float]:
     """Return round numbers, evenly spaced, from at most `low` to at least `high`."""
-    span = (high - low) or abs(high) or 1.0
+    span = high - low
+    if span <= _ROUNDING * abs(high):
+        low, span = high, abs(high) or 1.0
     raw = span / _NUM_TICKS
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)

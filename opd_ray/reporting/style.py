@@ -15,7 +15,8 @@ p{margin:.3rem 0;color:var(--soft)}
 table{border-collapse:collapse}td,th{padding:.2rem .9rem .2rem 0;text-align:left;font-weight:normal;vertical-align:top}
 th{color:var(--soft)}td:not(:first-child),th:not(:first-child){text-align:right;font-variant-numeric:tabular-nums}
 table.texts td,table.texts th{text-align:left}tr+tr td{border-top:1px solid var(--line)}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
+.grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1rem}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:1rem}
 figure{margin:0}figcaption{color:var(--soft);font-size:.85rem}svg{width:100%;height:auto;display:block}
 svg text{font-size:11px;fill:var(--soft)}.grid{stroke:var(--line)}.curve{fill:none;stroke-width:1.6}
 .dot{fill:var(--generate)}.s0{stroke:#3b76c4;--c:#3b76c4}.s1{stroke:#d1751f;--c:#d1751f}.s2{stroke:#3f9a5f;--c:#3f9a5f}

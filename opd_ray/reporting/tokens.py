@@ -25,7 +25,7 @@ def tokens_sections(task: str, told: Mapping[str, Any]) -> str:
         " does (a negative reward)."
     )
     return (
-        f'<h3>{escape(task)}</h3><p>{words}</p><div class="grid2">{"".join(figures)}</div>'
+        f'<h3>{escape(task)}</h3><p>{words}</p><div class="pair">{"".join(figures)}</div>'
         f"<h4>Tokens that cost most</h4>{worst_tokens(told['worst'])}"
         f"<h4>Sampled responses</h4>{_LEGEND}{''.join(map(trace, told['traces'][:_MAX_TRACES]))}"
     )

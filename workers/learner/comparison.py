@@ -12,7 +12,7 @@ from opd_ray.comparison import Alternatives, Comparison, TokenPoints, TokenTrace
 from opd_ray.objectives import Losses
 from workers.learner.inputs import ScoredSequence
 
-_NUM_TRACES, _TRACED_TOKENS = 2, 512  # of a rank and task; of a response
+_NUM_TRACES, _TRACED_TOKENS = 2, 512  # of a rank and task, to different prompts; of a response
 _MEANS = (
     "student_entropy",
     "teacher_entropy",
@@ -74,12 +74,13 @@ class Comparer:
         start = 0
         for sequence in sequences:
             end = start + len(sequence.response_ids)
-            if len(self._traces) < _NUM_TRACES and sequence.kept.all():
+            prompt = self.decode(sequence.prompt_ids.tolist()) if len(self._traces) < _NUM_TRACES else ""
+            if prompt and sequence.kept.all() and prompt not in (known.prompt for known in self._traces):
                 rows = slice(start, min(end, start + _TRACED_TOKENS))
                 ids = sequence.response_ids[:_TRACED_TOKENS].tolist()
                 self._traces.append(
                     TokenTrace(
-                        prompt=self.decode(sequence.prompt_ids.tolist()),
+                        prompt=prompt,
                         tokens=tuple(self.decode([id_]) for id_ in ids),
                         student_logprobs=tuple(student[rows].tolist()),
                         teacher_logprobs=tuple(teacher[rows].tolist()),

@@ -129,7 +129,7 @@ class Jobs:
                 ) from None
             raise ValueError(
                 f"address={self._where}: no Ray dashboard answers there ({_first_line(error)}); expected the address of"
-                " a head node, such as http://head:8265, in --address or RAY_API_SERVER_ADDRESS"
+                " a head node, such as http://head:8265, in --address, hydra.launcher.address or RAY_API_SERVER_ADDRESS"
             ) from None
         except RuntimeError as error:
             raise ValueError(f"{self._where}: {_first_line(error)}") from None

@@ -26,6 +26,7 @@ _PLUGIN = "hydra_plugins.ray_jobs"
 _POLL_S = 2.0
 _GRACE_S = 600
 _PATIENCE_S = 10_000_000  # a trial waits for its place for as long as others hold it
+_USER_ERROR = 2  # exit code
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -57,17 +58,22 @@ class RayJobsLauncher(Launcher):
     """Submits trials, at most so many at once, waits for them and tells the sweeper what came of each."""
 
     def __init__(self, address: str | None, max_concurrent: int) -> None:
-        if max_concurrent < 1:
-            raise ValueError(f"hydra.launcher.max_concurrent={max_concurrent}: expected an integer of at least 1")
-        self._jobs = Jobs(address)
-        self._max_concurrent = max_concurrent
+        self._address, self._max_concurrent = address, max_concurrent
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:  # noqa: ARG002 - Hydra's names
         """Take what Hydra gives to a launcher; the task itself runs in the jobs."""
         self._context, self._config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of trials to its end."""
+        """Run a batch of trials to its end; what a user can mend ends the sweep with one line and exit code 2."""
+        try:
+            if self._max_concurrent < 1:
+                given = f"hydra.launcher.max_concurrent={self._max_concurrent}"
+                raise ValueError(f"{given}: expected an integer of at least 1")
+            self._jobs = Jobs(self._address)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(_USER_ERROR)
         trials = [self._trial(initial_job_idx + i, list(o)) for i, o in enumerate(job_overrides)]
         console = Console(highlight=False)
         with Live(console=console, auto_refresh=False, transient=False) as live:

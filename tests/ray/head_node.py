@@ -2,9 +2,11 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ class HeadNode:
 
     dashboard: str
     env: dict[str, str]
+    sessions: Path  # Ray's folder
 
     def run(self, *command: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the environment as that client."""
@@ -40,7 +43,8 @@ class HeadNode:
 
 @contextmanager
 def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
-    """Start a head and end it and all that runs on it. folder: short, Ray's sockets lie in it."""
+    """Start a head and end it and all that runs on it. folder: of its output, and the home of its clients."""
+    sessions = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray's sockets lie in it
     ports = _free_ports(len(_PORT_OPTIONS))
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "WANDB_"))},
@@ -53,11 +57,13 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
     options = [f"{option}={port}" for option, port in zip(_PORT_OPTIONS, ports, strict=True)]
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-         f"--temp-dir={folder}/ray", f"--num-cpus={num_cpus}", *options],
+         f"--temp-dir={sessions}", f"--num-cpus={num_cpus}", *options],
         env=env, stdout=(folder / "head.log").open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     node = HeadNode(
-        dashboard=f"http://127.0.0.1:{ports[1]}", env={**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+        dashboard=f"http://127.0.0.1:{ports[1]}",
+        env={**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"},
+        sessions=sessions,
     )
     try:
         _wait_for(node, head)
@@ -65,6 +71,7 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
     finally:
         head.terminate()
         head.wait(timeout=60)
+        shutil.rmtree(sessions, ignore_errors=True)
 
 
 def _wait_for(node: HeadNode, head: subprocess.Popen[bytes]) -> None:

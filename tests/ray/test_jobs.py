@@ -69,7 +69,7 @@ def test_a_job_of_rays_own_command_line_trains_and_is_followed(head: HeadNode, t
     assert "SUCCEEDED" in head.run("ray", "job", "status", "by-hand").stdout.upper()
     summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
     assert summary["steps"] == 2
-    uploaded = list(Path(head.env["HOME"]).glob("ray/session_*/runtime_resources/working_dir_files/*"))
+    uploaded = list(head.sessions.glob("session_*/runtime_resources/working_dir_files/*"))
     assert uploaded
     files = {p.name for folder in uploaded if folder.is_dir() for p in folder.iterdir()}
     assert "opd_ray" in files

@@ -26,7 +26,7 @@ _PLUGIN = "hydra_plugins.ray_jobs"
 _POLL_S = 2.0
 _GRACE_S = 600
 _PATIENCE_S = 10_000_000  # a trial waits for its place for as long as others hold it
-_USER_ERROR = 2  # exit code
+_USER_ERROR, _INTERRUPTED = 2, 130  # exit codes
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -75,6 +75,15 @@ class RayJobsLauncher(Launcher):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(_USER_ERROR)
         trials = [self._trial(initial_job_idx + i, list(o)) for i, o in enumerate(job_overrides)]
+        try:
+            self._wait_for(trials)
+        except (ValueError, KeyboardInterrupt) as fault:  # the cluster is away, or the one who waits is
+            print(f"error: {str(fault) or 'interrupted'}; the trials that are submitted go on", file=sys.stderr)
+            sys.exit(_USER_ERROR if str(fault) else _INTERRUPTED)
+        return [self._returned(trial) for trial in trials]
+
+    def _wait_for(self, trials: Sequence[_Running]) -> None:
+        """Start trials as others end, and show how far they are, until all have ended."""
         console = Console(highlight=False)
         with Live(console=console, auto_refresh=False, transient=False) as live:
             while any(trial.outcome is None for trial in trials):
@@ -85,7 +94,6 @@ class RayJobsLauncher(Launcher):
                     console.print("\n".join(changed), markup=False, soft_wrap=True)
                 if any(trial.outcome is None for trial in trials):
                     time.sleep(_POLL_S)
-        return [self._returned(trial) for trial in trials]
 
     def _trial(self, number: int, overrides: list[str]) -> _Running:
         """Return a trial that is not started yet, with the configuration that its job will have."""
@@ -117,7 +125,8 @@ class RayJobsLauncher(Launcher):
         try:
             trial.first_line = self._jobs.start(trial.job)
         except ValueError as fault:
-            trial.state, trial.outcome = "refused", Outcome(error=str(fault), exit_code=2)
+            trial.state = "refused"
+            self._end(trial, Outcome(error=str(fault), exit_code=_USER_ERROR))
 
     def _look(self, trial: _Running) -> None:
         status = self._jobs.status(trial.job.name)
@@ -127,18 +136,22 @@ class RayJobsLauncher(Launcher):
             return
         logs = self._jobs.output(trial.job.name, first_line=trial.first_line)
         if name == "SUCCEEDED":
-            trial.outcome = Outcome(summary=result_in(logs))
+            self._end(trial, Outcome(summary=result_in(logs)))
         else:
             errors = [line for line in logs.splitlines() if line.startswith("error: ")]
             words = errors[-1].removeprefix("error: ") if errors else self._jobs.message(trial.job.name)
-            trial.outcome = Outcome(error=words or name.lower(), exit_code=1)
+            self._end(trial, Outcome(error=words or name.lower(), exit_code=1))
+
+    def _end(self, trial: _Running, outcome: Outcome) -> None:
+        """Note what came of a trial, for the sweeper and in the sweep's folder."""
+        trial.outcome = outcome
+        record_trial(
+            Path(self._config.hydra.sweep.dir),
+            trial_of(outcome, trial.config, number=trial.number, overrides=trial.overrides),
+        )
 
     def _returned(self, trial: _Running) -> JobReturn:
         assert trial.outcome is not None
-        record_trial(
-            Path(self._config.hydra.sweep.dir),
-            trial_of(trial.outcome, trial.config, number=trial.number, overrides=trial.overrides),
-        )
         returned = JobReturn(overrides=trial.overrides, cfg=trial.config, task_name="train")
         returned.status = HydraStatus.COMPLETED  # a failed trial is told as NaN: the others go on
         returned.return_value = sweep_value(trial.config.eval.sweep_metric, trial.outcome.summary)

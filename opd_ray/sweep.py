@@ -116,7 +116,7 @@ class SweepSummary(Callback):
             (Path(config.hydra.sweep.dir) / name).unlink(missing_ok=True)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the trials, the best first; exit code 1 when one has failed."""
+        """Print the trials; exit code 1 when one has failed."""
         folder = Path(config.hydra.sweep.dir)
         trials = read_trials(folder)
         if not trials:

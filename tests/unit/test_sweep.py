@@ -3,10 +3,12 @@
 import csv
 import io
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from config_files import compose_raw
+from config_files import CONFIG_DIR, compose_raw
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -82,3 +84,23 @@ def test_a_metric_that_the_run_does_not_have_is_told_with_those_it_has() -> None
     assert kept.error == "eval.sweep_metric=accuracy: the run has no such figure, it has steps, wall_s"
     assert math.isnan(sweep_value("accuracy", outcome.summary))
     assert sweep_value("steps", outcome.summary) == 2.0
+
+
+def test_trials_that_cannot_be_run_are_rows_of_the_table_and_end_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opd_ray.train", "--multirun", "experiment=demo", f"runs_dir={tmp_path}"]
+    done = subprocess.run(
+        [*command, "name=sweep", "learner.lr=-1,-2", "tracking=none"],
+        cwd=CONFIG_DIR.parent, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: trial {i}: learner.lr={lr}: expected a number above 0" for i, lr in enumerate((-1.0, -2.0))
+    ]
+    with (tmp_path / "sweeps" / "sweep" / "sweep_summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["status"], row["learner.lr"]) for row in rows] == [
+        ("sweep-0", "failed", "-1"),
+        ("sweep-1", "failed", "-2"),
+    ]
+    assert "sweep_summary.csv" in done.stdout
+    assert list(tmp_path.glob("sweep-*")) == []

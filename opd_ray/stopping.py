@@ -1,6 +1,7 @@
 """Ends a run that is told to end: SIGTERM, as `ray job stop`, Kubernetes and Slurm send it, or Ctrl-C."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,10 +32,13 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Take the signals over, from the main thread, and give them back on leaving.
+        """Take the signals over and give them back on leaving; only a process's main thread can.
 
         Ray takes SIGTERM for itself when it connects: listen after that.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         try:
             yield self

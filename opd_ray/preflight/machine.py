@@ -63,8 +63,8 @@ def free_disk_bytes(config: Config) -> int:
 def tracking_credentials(kind: TrackingKind, *, present: bool, mode: str | None) -> Finding:
     """Say where metrics go; mode is WANDB_MODE, if set."""
     name = "W&B credentials"
-    if kind is TrackingKind.none:
-        return ok(name, "not needed with tracking=none")
+    if kind is not TrackingKind.wandb:
+        return ok(name, f"not needed with tracking={kind.value}")
     if mode is not None and mode != "online":
         return ok(name, f"not needed with WANDB_MODE={mode}")
     if present:

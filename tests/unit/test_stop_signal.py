@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,18 @@ def test_the_signals_are_given_back() -> None:
     with StopSignal().listening():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_another_thread_than_the_main_one_listens_to_nothing() -> None:
+    before, during = signal.getsignal(signal.SIGTERM), []
+
+    def script(_: StopSignal) -> None:
+        during.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen, args=(script,))
+    thread.start()
+    thread.join()
+    assert during == [before]
 
 
 class ToldDuring(FakeLearner):

@@ -65,6 +65,7 @@ def test_checkpoints_of_adapters_hold_no_weights_but_the_export_is_whole():
     ("kind", "present", "mode", "status"),
     [
         ("none", False, None, Status.ok),
+        ("tensorboard", False, "online", Status.ok),
         ("wandb", True, None, Status.ok),
         ("wandb", False, "offline", Status.ok),
         ("wandb", False, None, Status.warning),

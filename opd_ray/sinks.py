@@ -20,8 +20,9 @@ from opd_ray.wandb_login import has_wandb_credentials
 
 _MAX_TABLE_ROWS = 100
 _NUM_TRIES, _FIRST_PAUSE_S = 3, 1.0
+_INIT_S = 30.0  # how long W&B itself tries to open a run
 _MAX_WAITING = 1000  # calls that a slow service has not taken yet
-_OPEN_S, _FINISH_S = 30.0, 60.0  # how long a run waits for a service, at its start and at its end
+_OPEN_S, _FINISH_S = 15.0, 60.0  # how long a run waits for a service, at its start and at its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ class WandbSink:
             dir=str(run_dir.path),
             config={**asdict(config), "versions": versions()},
             mode=_wandb_mode(),
+            settings=wandb.Settings(init_timeout=_INIT_S),
         )
         id_file.write_text(run_id + "\n")
         self._run.define_metric("step")
@@ -173,9 +175,11 @@ class GuardedSink:
     def finish(self, summary: Metrics) -> None:
         """Have the summary sent; wait for it, and for all that came before, no longer than a minute."""
         copied = dict(summary)
+        if not self._open.is_set():
+            self._give_up("it has not opened")
         self._call(lambda sink: sink.finish(copied))
         self._call(None)
-        self._thread.join(_FINISH_S)
+        self._thread.join(0 if self._dead else _FINISH_S)
         if self._thread.is_alive():
             self._give_up(f"it has not taken everything within {_FINISH_S:g} s")
 

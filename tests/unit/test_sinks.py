@@ -150,8 +150,21 @@ def test_a_service_that_opens_late_is_told_and_gets_everything() -> None:
     sink, warnings = guard(late)
     assert warnings == ["W&B has not opened within 0.2 s; the run goes on, metrics.jsonl has everything"]
     sink.log(1, {})
+    while sink.where != "here":
+        time.sleep(0.01)
     sink.finish({})
     assert service.calls == [(1, {}), {}]
+
+
+def test_a_service_that_never_opens_does_not_hold_up_the_end() -> None:
+    gate = threading.Event()
+    sink, warnings = guard(lambda: gate.wait() and Service())
+    sink.log(1, {})
+    start = time.perf_counter()
+    sink.finish({})
+    assert time.perf_counter() - start < 0.1
+    assert warnings[1:] == ["W&B is given up for this run (it has not opened); metrics.jsonl has everything"]
+    gate.set()
 
 
 def run_of(tmp_path: Path, tracking: str, *more: str) -> tuple[Config, RunDir]:
@@ -196,6 +209,9 @@ class FakeWandb:
     def init(self, **options: Any) -> "FakeWandb":
         self.inits.append(options)
         return self
+
+    def Settings(self, **given: Any) -> Any:
+        return given
 
     def define_metric(self, *name: str, **options: str) -> None:
         self.axes.append((*name, options))

@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,7 @@ def key(default: Any, *, words: str) -> Any:
 def read_command_line(schema: type[T], arguments: Sequence[str], *, usage: str) -> T:
     """Return the configuration that a command line gives; `--help` prints the keys and ends the process.
 
+    The value of a key that holds text is taken as it is, but for `null`; others are YAML.
     Raises ValueError for what is not key=value, an unknown or missing key, a value of the wrong type.
     """
     keys: dict[str, Field[Any]] = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
@@ -38,8 +39,15 @@ def read_command_line(schema: type[T], arguments: Sequence[str], *, usage: str) 
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f" (there are {', '.join(keys)})"
             raise ValueError(f"{name}: no such key{hint}")
+    texts = {name for name, hint in get_type_hints(schema).items() if str in (hint, *get_args(hint))}
+    given = dict(argument.split("=", 1) for argument in arguments)
+    others = [f"{name}={value}" for name, value in given.items() if name not in texts]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(arguments)))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(schema),
+            OmegaConf.from_dotlist(others),
+            {name: None if value == "null" else value for name, value in given.items() if name in texts},
+        )
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"{missing[0]} is not given: {keys[missing[0]].metadata['words']}")

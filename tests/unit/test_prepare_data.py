@@ -65,7 +65,7 @@ def test_what_is_left_out_is_counted():
 
 
 def test_text_stays_text_and_a_template_is_put_around_it(tmp_path: Path):
-    run(config(tmp_path, "chat=false", "template='Q: {prompt} {A}'", "answer=null"))
+    run(config(tmp_path, "chat=false", "template=Q: {prompt} {A}", "answer=null"))
     first = records(tmp_path)[0]
     assert (first.prompt, first.messages, first.answer) == ("Q: What is 1+1? {A}", None, None)
 

@@ -1,5 +1,6 @@
 """The words at the start and at the end of a run: what will be done, and what came of it."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
@@ -14,6 +15,7 @@ from opd_ray.protocol import Metrics, Payload
 from opd_ray.requests import score_request, training_samples
 from opd_ray.routing import recorded_scores, task_config, teachers_of
 from opd_ray.state import RunDir
+from opd_ray.weight_sync import chosen_sync
 
 _BYTES_PER_ID = 6  # of a support, with its log-prob
 
@@ -37,6 +39,7 @@ def describe_run(config: Config, *, models: Models, prompts: PromptSets, run_dir
         f"           {describe_updates(config, tasks=tasks)}",
         f"workers    {rollout.num_workers} rollout, {num_teacher_workers} teacher, {learner.num_ranks} learner"
         f" (ZeRO-{learner.zero_stage}, {learner.dtype.value})",
+        f"placement  {describe_placement(config)}",
         f"steps      {step} to {config.num_steps}" + (" (resumed)" if step else ""),
         f"run dir    {run_dir.path}",
     ]
@@ -55,6 +58,22 @@ def describe_batch(config: Config, *, tasks: Sequence[str]) -> str:
     counts = mixed_counts(num_prompts, {task: task_config(config, task).share for task in tasks})
     each = ", ".join(f"{task} {counts[task]} prompts x {n}" for task, n in samples.items())
     return f"{each} samples = {sum(counts[task] * n for task, n in samples.items())} trajectories an update"
+
+
+def describe_placement(config: Config) -> str:
+    """Return what each worker takes of the cluster, which cluster, and how weights travel."""
+    rollout, learner, teachers = config.rollout, config.learner, teachers_of(config).by_name
+    shares = [
+        ("rollout", rollout.num_workers, rollout.cpus_per_worker, rollout.gpus_per_worker),
+        *((name, t.num_workers, t.cpus_per_worker, t.gpus_per_worker) for name, t in teachers.items()),
+        ("learner", learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank),
+    ]
+    each = ", ".join(
+        f"{name} {number} x ({cpus:g} CPU{f', {gpus:g} GPU' if gpus else ''})" for name, number, cpus, gpus in shares
+    )
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    where = f"the cluster at {address}" if address else "a cluster of this process"
+    return f"{each}; {where}; weights by {chosen_sync(config).value}"
 
 
 def describe_updates(config: Config, *, tasks: Sequence[str]) -> str:

@@ -38,6 +38,16 @@ def test_the_banner_says_what_the_run_is_made_of():
     assert "run dir    /runs/demo" in text
 
 
+def test_the_banner_says_what_workers_take_of_which_cluster(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    each = "rollout 1 x (0.5 CPU), teacher 1 x (0.5 CPU), learner 2 x (0.5 CPU)"
+    assert f"placement  {each}; a cluster of this process; weights by object_store\n" in described()
+    assert "; the cluster at head:6379; " in described("cluster.address=head:6379")
+    on_gpus = described("cluster=gpus", "rollout.num_workers=3")
+    assert "rollout 3 x (1 CPU, 1 GPU), teacher 1 x (1 CPU, 1 GPU)" in on_gpus
+    assert "weights by nccl\n" in on_gpus
+
+
 def test_the_banner_names_a_teacher_that_is_the_student_and_what_only_it_is_told():
     text = described("teacher=self", "teacher.self.update=ema", "teacher.context='{answer} {prompt}'")
     assert "teacher    runs/models/tiny-student, the student itself (ema, decay 0.99), with privileged context" in text

@@ -74,9 +74,9 @@ class PipelineLog:
 
 
 def read_windows(folder: Path, *, last: int) -> list[Window]:
-    """Return the newest windows that a run has written, oldest first."""
+    """Return the newest windows that a run has written, oldest first; a line that it is about to write is left out."""
     path = folder / FILE
-    lines = path.read_text().splitlines()[-last:] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1][-last:] if path.exists() else []
     return [
         Window(
             step=line["step"],

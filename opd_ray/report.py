@@ -5,84 +5,41 @@ python -m opd_ray.report runs/demo-0 runs/demo-1 runs/demo-2 --output comparison
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from opd_ray.pipeline_log import read_windows
-from opd_ray.reporting.page import RunRecord, render
+from opd_ray.reporting.page import render
+from opd_ray.reporting.reading import read_run
 from opd_ray.reporting.side_by_side import render_comparison
-from opd_ray.trace_log import FILE as TRACES_FILE
 
-_PAGE = "report.html"
-_NUM_WINDOWS, _NUM_EVENTS = 6, 20
+_PAGE, _COMPARISON = "report.html", "comparison.html"
 _USER_ERROR = 2
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Return what a run dir holds. Raises ValueError for a folder that is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder; expected a run dir such as runs/demo")
-    config_file = folder / "config.yaml"
-    if not config_file.exists():
-        raise ValueError(f"{folder} is no run dir: it has no config.yaml; expected one that opd_ray.train has written")
-    text = config_file.read_text()
-    config: Any = OmegaConf.create(text)
-    history = [{k: v for k, v in line.items() if v is not None} for line in _lines(folder / "metrics.jsonl")]
-    summary_file = folder / "summary.json"
-    events = _lines(folder / "events.jsonl")
-    evaluations = _lines(folder / TRACES_FILE)
-    return RunRecord(
-        name=str(OmegaConf.select(config, "name", default=folder.name)),
-        config=text,
-        headline=_headline(config),
-        history=history,
-        summary=json.loads(summary_file.read_text()) if summary_file.exists() else {},
-        windows=read_windows(folder, last=_NUM_WINDOWS),
-        hints=[event["message"] for event in events if event.get("kind") == "pools_badly_split"],
-        events=events[-_NUM_EVENTS:],
-        traces=evaluations[-1]["tasks"] if evaluations else {},
-        traces_step=int(evaluations[-1]["step"]) if evaluations else 0,
-    )
+def pages(folders: Sequence[Path], *, output: Path | None = None) -> Mapping[Path, str]:
+    """Return the text of each page and where it belongs: in the folder of its run; beside the first, that of several.
+
+    output is where the page of one run, or the page that compares several, belongs instead. Raises ValueError, OSError
+    before anything is written.
+    """
+    distinct = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    runs = [read_run(folder) for folder in distinct]
+    if len(runs) == 1:
+        return {output or distinct[0] / _PAGE: render(runs[0])}
+    compared = {output or distinct[0].parent / _COMPARISON: render_comparison(runs)}
+    return {folder / _PAGE: render(run) for folder, run in zip(distinct, runs, strict=True)} | compared
 
 
 def write_report(folder: Path) -> Path:
     """Write the page of a run into its folder and return where it is. Raises ValueError, OSError."""
-    target = folder / _PAGE
-    target.write_text(render(read_run(folder)))
-    return target
+    return _write(pages([folder]))[0]
 
 
-def write_comparison(folders: Sequence[Path], target: Path) -> Path:
-    """Write the page that holds runs side by side and return where it is. Raises ValueError, OSError."""
-    target.write_text(render_comparison([read_run(folder) for folder in folders]))
-    return target
-
-
-def _headline(config: Any) -> str:
-    known = {
-        "student": "student.path",
-        "teacher": "teacher.path",
-        "objective": "objective.kind",
-        "steps": "num_steps",
-        "staleness": "max_staleness",
-    }
-    values = {name: OmegaConf.select(config, key, default=None) for name, key in known.items()}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON lines file; a last line that is cut short, of a run that goes on, is left out."""
-    whole = path.read_text().split("\n")[:-1] if path.exists() else []
-    try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as fault:
-        what = f"{path} holds a line that is no JSON ({fault.msg})"
-        raise ValueError(f"{what}; expected a file that opd_ray.train has written") from None
+def _write(texts: Mapping[Path, str]) -> list[Path]:
+    for path, text in texts.items():
+        path.write_text(text)
+    return list(texts)
 
 
 def main() -> None:
@@ -91,13 +48,15 @@ def main() -> None:
         prog="python -m opd_ray.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run dir, such as runs/demo")
-    parser.add_argument("--output", type=Path, help="the page that compares runs (comparison.html beside the first)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes: of one run, or the one that compares several (comparison.html beside the first)",
+    )
     options = parser.parse_args()
     try:
-        for folder in options.runs:
-            print(write_report(folder))
-        if len(options.runs) > 1:
-            print(write_comparison(options.runs, options.output or options.runs[0].parent / "comparison.html"))
+        print(*_write(pages(options.runs, output=options.output)), sep="\n")
     except (ValueError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         raise SystemExit(_USER_ERROR) from None

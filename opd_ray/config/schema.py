@@ -209,6 +209,7 @@ class LearnerConfig:
     max_tokens_per_micro_batch: int = 8192
     packing: bool = True  # sequences end to end without padding; false: for models with an attention of their own
     gradient_checkpointing: bool = False
+    gradient_noise: bool = False  # measure how far micro-batches' gradients differ; reads each gradient once more
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
     engine_args: dict[str, Any] = field(default_factory=dict)  # merged into the DeepSpeed configuration

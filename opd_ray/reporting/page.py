@@ -35,6 +35,7 @@ CURVES = {
     "Optimisation": {
         "train/loss": "loss",
         "train/grad_norm": "gradient norm",
+        "train/gradient_noise": "gradient noise: variance over micro-batches / square of the mean",
         "train/lr": "learning rate",
         "train/ess_fraction": "effective sample size, share of the tokens",
         "train/token_age_mean": "age of tokens, mean (versions)",

@@ -20,6 +20,7 @@ from learners import (
     plain_optimizer,
     plain_update,
     published_weights,
+    summary_of,
     token_means,
 )
 from transformers import AutoModelForCausalLM
@@ -28,6 +29,7 @@ from opd_ray.config.objective import MaskConfig, Normalisation, ObjectiveConfig,
 from opd_ray.config.schema import Config
 from opd_ray.protocol import TrajectoryGroup
 from workers import connected
+from workers.learner.fleet import rank_batches
 
 pytestmark = pytest.mark.ray
 
@@ -107,6 +109,55 @@ def test_one_update_is_the_plain_torch_update_however_it_is_cut(
     means = compared.metrics()
     found = means["student_entropy"], means["teacher_entropy"], float(compared.points.rewards_M.mean())
     assert found == pytest.approx(token_means(student, teacher), rel=1e-3)
+    learner.close()
+
+
+def expected_noise(student: Any, teacher: Any, *, num_ranks: int, max_tokens: int) -> float:
+    """Return the variance of the micro-batches' gradients, each scaled to estimate the mean's, over its square."""
+    cuts = rank_batches(
+        [summary_of(group) for group in GROUPS],
+        teachers=["teacher"] * len(GROUPS),
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        padded=False,
+        hidden_size=64,
+        version=0,
+    )
+    parameters, gradients = list(student.parameters()), []
+    num_tokens = sum(len(group.response_ids) for group in GROUPS)
+    for share, of_rank in cuts:
+        losses = [loss for i in share for loss in sequence_kls(student, teacher, GROUPS[i])]
+        for micro_batch in filter(None, of_rank.micro_batches):
+            loss = torch.stack([losses[i] for i in micro_batch]).sum() / num_tokens
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True)
+            gradients.append(torch.cat([part.flatten() for part in parts]).double())
+    assert len(gradients) > 3
+    estimates = torch.stack(gradients) * len(gradients)
+    return float(estimates.var(dim=0).sum() / estimates.mean(dim=0).square().sum())
+
+
+def sequence_kls(student: Any, teacher: Any, group: TrajectoryGroup) -> list[torch.Tensor]:
+    """Return the sum of KL(student || teacher) over the tokens of each response."""
+    log_p, log_q = reference_logprobs(student, group), reference_logprobs(teacher, group).detach()
+    kl_N = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return [kl_N[start:end].sum() for start, end in zip(group.offsets[:-1], group.offsets[1:], strict=True)]
+
+
+@pytest.mark.parametrize("cut", [(0, 2), (2, 2), (3, 2), (2, 1)], ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}")
+@pytest.mark.usefixtures("cluster")
+def test_gradient_noise_is_the_variance_over_micro_batches(
+    config: Config, tmp_path: Path, model_folder: Any, cut: tuple[int, int]
+) -> None:
+    zero_stage, num_ranks = cut
+    config.student.path = model_folder(seed=1, tied=zero_stage == 2)
+    config.learner = replace(
+        config.learner, gradient_noise=True, zero_stage=zero_stage, num_ranks=num_ranks, max_tokens_per_micro_batch=9
+    )
+    student, teacher = reference_model(config.student.path), reference_model(config.teacher.path)
+    learner = open_learner(config, tmp_path)
+    metrics = learner.update(make_batch(teacher))
+    expected = expected_noise(student, teacher, num_ranks=num_ranks, max_tokens=9)
+    assert metrics["train/gradient_noise"] == pytest.approx(expected, rel=1e-3)
     learner.close()
 
 

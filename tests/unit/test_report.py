@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray.pipeline import Span, Window
-from opd_ray.report import main, write_comparison, write_report
+from opd_ray.report import main, pages, write_report
 from opd_ray.reporting.charts import curve, ticks, timeline
 
 CONFIG = """name: "<b>bold</b>"
@@ -113,7 +113,7 @@ def other_run(path: Path, *, lr: str, name: str = "other") -> Path:
 
 def test_runs_side_by_side_share_charts_and_show_where_their_configurations_differ(tmp_path: Path):
     folders = [other_run(tmp_path / "a", lr="0.1"), other_run(tmp_path / "b", lr="0.2")]
-    text = write_comparison(folders, tmp_path / "comparison.html").read_text()
+    text = pages(folders)[tmp_path / "comparison.html"]
     assert '<i class="series s0"></i>other (1)' in text
     assert '<i class="series s1"></i>other (2)' in text
     assert "<tr><td>learner.lr</td><td>0.1</td><td>0.2</td></tr>" in text
@@ -135,14 +135,41 @@ def test_the_command_writes_each_page_and_one_of_all(
 
 
 def test_more_runs_than_colours_are_refused(tmp_path: Path):
-    folder = other_run(tmp_path / "a", lr="0.1")
+    folders = [other_run(tmp_path / f"{i}", lr="0.1") for i in range(9)]
     with pytest.raises(ValueError, match="9 runs: expected at most 8"):
-        write_comparison([folder] * 9, tmp_path / "comparison.html")
+        pages(folders)
+
+
+def test_a_page_goes_where_it_is_told_and_a_run_that_is_named_twice_is_one(tmp_path: Path):
+    one, other = (other_run(tmp_path / name, lr="0.1", name=name) for name in "ab")
+    assert list(pages([one], output=tmp_path / "page.html")) == [tmp_path / "page.html"]
+    assert list(pages([one, one / ".." / "a"])) == [one / "report.html"]
+    assert list(pages([one, other], output=tmp_path / "both.html"))[-1] == tmp_path / "both.html"
+
+
+def test_nothing_is_written_where_one_of_the_folders_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = other_run(tmp_path / "a", lr="0.1")
+    monkeypatch.setattr("sys.argv", ["report", str(folder), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert not (folder / "report.html").exists()
+
+
+def test_a_run_without_any_file_but_its_configuration_has_a_page(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    text = write_report(tmp_path).read_text()
+    assert "staleness 1" in text
+    assert "Nothing befell the run." in text
 
 
 @pytest.mark.parametrize("metrics", ["", '{"step": 1, "train/lo'], ids=["no step yet", "the last line is cut short"])
 def test_a_run_that_goes_on_has_a_page_too(tmp_path: Path, metrics: str):
-    text = write_report(run_dir(tmp_path, metrics=metrics, summary=False)).read_text()
+    folder = run_dir(tmp_path, metrics=metrics, summary=False)
+    for name in ("spans.jsonl", "traces.jsonl", "events.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"step": 9, "ta')
+    text = write_report(folder).read_text()
+    assert "Held-out samples of the student after update 7." in text
     assert "The run is not over: 0 steps are recorded." in text
     assert "No step is recorded yet." in text
 
@@ -152,9 +179,32 @@ def test_a_run_that_goes_on_has_a_page_too(tmp_path: Path, metrics: str):
     [
         (None, "there is no such folder; expected a run dir such as runs/demo"),
         ({}, "is no run dir: it has no config.yaml"),
+        ({"config.yaml": "a: [1\nb: {"}, "is not the configuration of a run"),
+        ({"config.yaml": "- a"}, "is not the configuration of a run"),
+        ({"config.yaml": "model: x"}, "is not the configuration of a run"),
         ({"config.yaml": CONFIG, "metrics.jsonl": "no\n"}, "holds a line that is no JSON"),
+        ({"config.yaml": CONFIG, "metrics.jsonl": "[1]\n"}, "holds something else than objects with step;"),
+        ({"config.yaml": CONFIG, "spans.jsonl": '{"step": 1}\n'}, "objects with step, start, end, spans;"),
+        ({"config.yaml": CONFIG, "events.jsonl": '"x"\n'}, "objects with time, kind, message;"),
+        (
+            {"config.yaml": CONFIG, "traces.jsonl": '{"step": 1, "tasks": {"a": 1}}\n'},
+            "tasks without points, positions",
+        ),
+        ({"config.yaml": CONFIG, "summary.json": '{"a"'}, "summary.json holds a line that is no JSON"),
     ],
-    ids=["missing", "foreign", "damaged"],
+    ids=[
+        "missing",
+        "foreign",
+        "no yaml",
+        "a list",
+        "another tool's",
+        "damaged",
+        "no object",
+        "spans",
+        "events",
+        "traces",
+        "summary",
+    ],
 )
 def test_a_folder_that_is_no_run_is_one_sentence_and_exit_code_2(
     tmp_path: Path,

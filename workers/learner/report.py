@@ -11,6 +11,7 @@ from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveK
 from opd_ray.objectives import Losses
 from opd_ray.protocol import RECORDED_VERSION, ScoreSummary
 from workers.learner.inputs import ScoredSequence
+from workers.learner.noise import gradient_noise
 
 _TINY = 1e-30
 
@@ -62,6 +63,8 @@ class RankReport:
     grad_norm: float  # global, before clipping
     lr: float
     learn_s: float
+    gradient_squares: float = 0.0  # of micro-batches' own gradients, summed, before the mean over ranks; 0: not asked
+    num_micro_batches: int = 0  # with a loss
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,7 +125,16 @@ class Totals:
         self.signals.append(signal[known][mask[known].to(signal.device)])
         self.ages.append(sequence_age[known][mask[known]].to(gap.device))
 
-    def report(self, *, denominator: float, grad_norm: float, lr: float, learn_s: float) -> RankReport:
+    def report(
+        self,
+        *,
+        denominator: float,
+        grad_norm: float,
+        lr: float,
+        learn_s: float,
+        gradient_squares: float = 0.0,
+        num_micro_batches: int = 0,
+    ) -> RankReport:
         """Read the sums off the device, once."""
         gaps, ages, signals = torch.cat(self.gaps), torch.cat(self.ages), torch.cat(self.signals)
         recorded = ages == self.version - RECORDED_VERSION
@@ -147,6 +159,8 @@ class Totals:
             grad_norm=grad_norm,
             lr=lr,
             learn_s=learn_s,
+            gradient_squares=gradient_squares,
+            num_micro_batches=num_micro_batches,
         )
 
 
@@ -188,14 +202,25 @@ def combine_updates(updates: Sequence[Sequence[RankReport]], *, estimate: str) -
     Means are over the tokens of all updates; the learning rate is the last one's.
     """
     norms = [reports[0].grad_norm for reports in updates]
+    noise = [value for value in map(_noise, updates) if value is not None]
     return {
         **combine([report for reports in updates for report in reports], estimate=estimate),
         "train/num_updates": len(updates),
         "train/grad_norm": sum(norms) / len(norms),
         **({"train/grad_norm_max": max(norms)} if len(norms) > 1 else {}),
+        **({"train/gradient_noise": sum(noise) / len(noise)} if noise else {}),
         "train/lr": updates[-1][0].lr,
         "time/learn_s": sum(max(r.learn_s for r in reports) for reports in updates),
     }
+
+
+def _noise(reports: Sequence[RankReport]) -> float | None:
+    """Return the gradient noise of one update over all ranks; None where it was not asked for or cannot be known."""
+    squares = sum(r.gradient_squares for r in reports) / len(reports) ** 2  # the gradient is the mean over ranks
+    if squares == 0:
+        return None
+    num_micro_batches = sum(r.num_micro_batches for r in reports)
+    return gradient_noise(squares=squares, num_micro_batches=num_micro_batches, norm=reports[0].grad_norm)
 
 
 def _age(reports: Sequence[RankReport], *, num_tokens: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
 from workers.learner.comparison import Comparer, stride_of
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
+from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
 from workers.output_head import load_head
@@ -102,6 +103,7 @@ class LearnerWorker:
             packing=self._config.packing,
         )
         self._options = objective_options(self._objective)
+        self._squares = GradientSquares(self._engine.module) if self._config.gradient_noise else None
         self._publisher = open_publisher(
             self._model,
             plan=self._sync,
@@ -134,6 +136,8 @@ class LearnerWorker:
             grad_norm=float(self._engine.get_global_grad_norm() or self._clipped_norm),
             lr=lr,
             learn_s=time.perf_counter() - start,
+            gradient_squares=self._squares.take() if self._squares else 0.0,
+            num_micro_batches=sum(map(bool, batch.micro_batches)),
         )
 
     def release_memory(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from opd_ray.arrays import Float32, Int32
 
@@ -23,11 +24,17 @@ class TokenPoints:
     positions_M: Int32  # [M] in the response, from 0
     student_logprobs_M: Float32  # [M] nats
     teacher_logprobs_M: Float32  # [M] nats
+    weights_M: Float32  # [M] how many tokens each stands for: more where more were left out
 
     @property
     def rewards_M(self) -> Float32:
         """Return log q - log p, [M]."""
         return self.teacher_logprobs_M - self.student_logprobs_M
+
+    def quantiles(self, chosen_M: npt.NDArray[np.bool_] | slice = slice(None)) -> list[float]:
+        """Return the `QUANTILES` of log q - log p over the tokens that some of the points stand for."""
+        rewards, weights = self.rewards_M[chosen_M], self.weights_M[chosen_M]
+        return [float(v) for v in np.quantile(rewards, QUANTILES, weights=weights, method="inverted_cdf")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +66,12 @@ class Comparison:
         return self.kl_sum / self.num_tokens
 
     def metrics(self) -> dict[str, float]:
-        """Return the means over all tokens, and quantiles of log q - log p over the points."""
+        """Return the means over all tokens, and quantiles of log q - log p by way of the points."""
         means = {name: total / self.num_tokens for name, total in self.sums.items()}
         if not len(self.points.ids_M):
             return means
-        quantiles = np.quantile(self.points.rewards_M, QUANTILES)
-        return means | {f"logprob_gap_p{q * 100:.0f}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
+        quantiles = zip(QUANTILES, self.points.quantiles(), strict=True)
+        return means | {f"logprob_gap_p{q * 100:.0f}": value for q, value in quantiles}
 
 
 def joined(parts: Sequence[Comparison]) -> Comparison:
@@ -77,7 +84,7 @@ def joined(parts: Sequence[Comparison]) -> Comparison:
         points=TokenPoints(
             **{
                 name: np.concatenate([getattr(part.points, name) for part in parts])
-                for name in ("ids_M", "positions_M", "student_logprobs_M", "teacher_logprobs_M")
+                for name in TokenPoints.__dataclass_fields__
             }
         ),
         token_texts={id_: text for part in parts for id_, text in part.token_texts.items()},

@@ -140,6 +140,7 @@ class FleetEvaluator:
             )
             for task in sorted({group.request.prompt.task for group in batch.groups})
         }
+        of_tasks = {task: compared for task, compared in of_tasks.items() if compared.num_tokens}
         if not of_tasks:
             return {}
         self.keep(batch.step, of_tasks)
@@ -147,8 +148,9 @@ class FleetEvaluator:
         apart = of_tasks if len(self.held_out.tasks) > 1 else {}
         return {
             "eval/reverse_kl": whole.kl,
-            **{f"eval/reverse_kl_{task}": compared.kl for task, compared in apart.items()},
             **{f"eval/{name}": value for name, value in whole.metrics().items()},
+            **{f"eval/reverse_kl_{task}": compared.kl for task, compared in apart.items()},
+            **{f"eval/{n}_{task}": v for task, compared in apart.items() for n, v in compared.metrics().items()},
         }
 
 

@@ -1,7 +1,8 @@
 """What is kept of an evaluation's comparison of student and teacher: a line of traces.jsonl, read by the report.
 
-A line: {"step", "tasks": {task: {"points": {"student", "teacher", "position", "token"}, "positions": [...],
-"worst": [...], "traces": [...]}}}; probabilities and log-probs are rounded, texts are as the tokenizer gives them.
+A line: {"step", "tasks": {task: {"num_tokens", "metrics": {name: value}, "points": {"student", "teacher", "position",
+"token"}, "positions": [...], "worst": [...], "traces": [...]}}}. The metrics are over all `num_tokens` tokens, all
+else is of some of them; probabilities and log-probs are rounded, texts are as the tokenizer gives them.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.comparison import QUANTILES, Comparison, TokenTrace
+from opd_ray.comparison import Comparison, TokenTrace
 from opd_ray.sinks import SampleRow
 
 FILE = "traces.jsonl"
@@ -48,6 +49,8 @@ def _shown(compared: Comparison) -> dict[str, Any]:
     points = compared.points
     chosen = slice(None, None, max(1, -(-len(points.ids_M) // _NUM_SCATTERED)))
     return {
+        "num_tokens": compared.num_tokens,
+        "metrics": {"reverse_kl": compared.kl, **compared.metrics()},
         "points": {
             "student": _rounded(np.exp(points.student_logprobs_M[chosen])),
             "teacher": _rounded(np.exp(points.teacher_logprobs_M[chosen])),
@@ -62,16 +65,15 @@ def _shown(compared: Comparison) -> dict[str, Any]:
 
 def _by_position(compared: Comparison) -> list[dict[str, float]]:
     """Return quantiles of log q - log p in bins of the position, each with as many tokens as the others."""
-    positions_M, rewards_M = compared.points.positions_M, compared.points.rewards_M
+    positions_M = compared.points.positions_M
     if not len(positions_M):
         return []
     edges = np.unique(np.quantile(positions_M, np.linspace(0, 1, _NUM_POSITION_BINS + 1)).astype(int))
     edges = np.append(edges[:-1], positions_M.max() + 1) if len(edges) > 1 else np.array([edges[0], edges[0] + 1])
     bins = []
     for first, end in pairwise(edges.tolist()):
-        inside = rewards_M[(positions_M >= first) & (positions_M < end)]
-        low, middle, high = np.quantile(inside, QUANTILES)
-        bins.append({"first": first, "last": end - 1, "low": float(low), "middle": float(middle), "high": float(high)})
+        low, middle, high = compared.points.quantiles((positions_M >= first) & (positions_M < end))
+        bins.append({"first": first, "last": end - 1, "low": low, "middle": middle, "high": high})
     return bins
 
 

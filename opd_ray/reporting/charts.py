@@ -12,6 +12,7 @@ _LANE, _AXIS, _LABEL = 22, 24, 96
 _NUM_TICKS = 4
 _ROUNDING = 1e-6  # of a value: what differs by less is the same
 PHASES = ("generate", "score", "learn", "publish")
+NUM_COLOURS = 8
 Points = Sequence[tuple[float, float]]
 
 
@@ -61,13 +62,8 @@ def figure(title: str, content: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
 
 
-def curve(title: str, points: Points) -> str:
-    """Return a line through (step, value) points, with ticks at round numbers."""
-    return curves(title, {"": points})
-
-
 def curves(title: str, series: Mapping[str, Points]) -> str:
-    """Return a line for each series, in the order of the colours; hovering tells its name."""
+    """Return a line of (step, value) points for each series, in the order of the colours; hovering tells its name."""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     x0, x1, y_ticks = min(xs), max(xs), ticks(min(ys), max(ys))
@@ -81,11 +77,18 @@ def curves(title: str, series: Mapping[str, Points]) -> str:
     return figure(title, axes.frame() + "".join(lines))
 
 
+def legend(names: Sequence[str]) -> str:
+    """Return which colour is whose in `curves`."""
+    keys = (f'<span class="key"><i class="series s{i}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    return f"<p>{''.join(keys)}</p>"
+
+
 def ticks(low: float, high: float) -> list[float]:
     """Return round numbers, evenly spaced, from at most `low` to at least `high`."""
     span = high - low
     if span <= _ROUNDING * abs(high):
-        low, span = high, abs(high) or 1.0
+        low, span = min(high, 0.0), abs(high) or 1.0  # a constant is shown against 0
+        high = low + span
     raw = span / _NUM_TICKS
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)

@@ -1,20 +1,20 @@
 """One self-contained page of a run: figures, curves, who worked when, the configuration."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
 from opd_ray.pipeline import Window
-from opd_ray.reporting.charts import curve, timeline
+from opd_ray.reporting.charts import NUM_COLOURS, Points, curves, legend, timeline
 from opd_ray.reporting.style import page
 from opd_ray.reporting.tokens import tokens_sections
 
 CURVES = {
     "Distillation": {
-        "distill/reverse_kl": "reverse KL, training estimate (nats a token)",
+        "distill/": "the objective's divergence, training estimate (nats a token)",
         "eval/reverse_kl": "reverse KL, held out (nats a token)",
         "eval/negative_reward_fraction": "share of tokens with a negative reward, held out",
         "eval/student_entropy": "student's entropy, held out (nats)",
@@ -80,7 +80,7 @@ def render(run: RunRecord) -> str:
     sections = [
         f"<h1>{escape(run.name)}</h1><p>{escape(run.headline)}</p>",
         _section("Result", _figures(run)),
-        _section("Curves", _curves(run.history)),
+        _section("Curves", _curves(run)),
         _section("Student and teacher, token by token", _tokens(run)),
         _section("Who works when", _pipeline(run)),
         _section("Events", _events(run.events)),
@@ -90,11 +90,11 @@ def render(run: RunRecord) -> str:
 
 
 def points_of(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of a metric, whose name may go on after the key: that of an estimate names its objective."""
-    name = next((n for m in history for n in m if n == key), None)
-    if name is None and key.startswith("distill/"):
-        name = next((n for m in history for n in m if n.startswith(f"{key}_")), None)
-    return [(m["step"], m[name]) for m in history if name in m] if name else []
+    """Return (step, value) of a metric; `distill/` is the estimate, whose name tells divergence and objective."""
+    if key == "distill/":
+        names = (n for m in history for n in m if n.startswith(key) and n.endswith(("_full", "_sampled", "_support")))
+        key = next(names, key)
+    return [(m["step"], m[key]) for m in history if key in m]
 
 
 def _section(title: str, content: str) -> str:
@@ -108,14 +108,22 @@ def _figures(run: RunRecord) -> str:
     return _table([(words, f"{run.summary[key]:,.4g}") for key, words in SUMMARY.items() if key in run.summary])
 
 
-def _curves(history: Sequence[Mapping[str, float]]) -> str:
+def _curves(run: RunRecord) -> str:
+    tasks = list(run.traces)[: NUM_COLOURS - 1] if len(run.traces) > 1 else []
+    names = {"all tasks": "", **{task: f"_{task}" for task in tasks}}
+    shown = chart_groups(lambda key: {name: points_of(run.history, key + ending) for name, ending in names.items()})
+    return (legend(list(names)) if tasks and shown else "") + (shown or "<p>No step is recorded yet.</p>")
+
+
+def chart_groups(series_of: Callable[[str], Mapping[str, Points]]) -> str:
+    """Return the charts of all metrics, group by group; those without a point are left out."""
     groups = []
     for group, titles in CURVES.items():
-        known = {title: points_of(history, key) for key, title in titles.items()}
-        figures = [curve(title, points) for title, points in known.items() if points]
+        known = {title: series_of(key) for key, title in titles.items()}
+        figures = [curves(title, series) for title, series in known.items() if any(series.values())]
         if figures:
             groups.append(f'<h3>{group}</h3><div class="grid2">{"".join(figures)}</div>')
-    return "".join(groups) or "<p>No step is recorded yet.</p>"
+    return "".join(groups)
 
 
 def _tokens(run: RunRecord) -> str:

@@ -13,7 +13,7 @@ from opd_ray.reporting.page import RunRecord
 from opd_ray.trace_log import FILE as TRACES_FILE
 
 _NUM_WINDOWS, _NUM_EVENTS = 6, 20
-_OF_A_TASK = ("points", "positions", "worst", "traces")
+_OF_A_TASK = ("num_tokens", "metrics", "points", "positions", "worst", "traces")
 _WRITTEN_BY = "expected a file that opd_ray.train has written"
 _HEADLINE = {
     "student": "student.path",

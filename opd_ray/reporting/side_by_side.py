@@ -6,24 +6,22 @@ from typing import Any
 
 import yaml
 
-from opd_ray.reporting.charts import curves
-from opd_ray.reporting.page import CURVES, SUMMARY, RunRecord, points_of
+from opd_ray.reporting.charts import NUM_COLOURS, legend
+from opd_ray.reporting.page import SUMMARY, RunRecord, chart_groups, points_of
 from opd_ray.reporting.style import page
-
-_NUM_COLOURS = 8
 
 
 def render_comparison(runs: Sequence[RunRecord]) -> str:
     """Return the page as HTML text. Raises ValueError for more runs than there are colours."""
-    if len(runs) > _NUM_COLOURS:
-        raise ValueError(f"{len(runs)} runs: expected at most {_NUM_COLOURS} on one page, one colour each")
+    if len(runs) > NUM_COLOURS:
+        raise ValueError(f"{len(runs)} runs: expected at most {NUM_COLOURS} on one page, one colour each")
     names = _distinct([run.name for run in runs])
-    legend = "".join(
-        f'<span class="key"><i class="series s{i}"></i>{escape(name)}</span>' for i, name in enumerate(names)
-    )
+    by_name = dict(zip(names, runs, strict=True))
+    curves = chart_groups(lambda key: {name: points_of(run.history, key) for name, run in by_name.items()})
     body = (
-        f"<h1>{len(runs)} runs</h1><p>{legend}</p><h2>Results</h2>{_results(runs, names)}"
-        f"<h2>Curves</h2>{_curves(runs, names)}<h2>Where the configurations differ</h2>{_differences(runs, names)}"
+        f"<h1>{len(runs)} runs</h1>{legend(names)}<h2>Results</h2>{_results(runs, names)}"
+        f"<h2>Curves</h2>{curves or '<p>No step is recorded yet.</p>'}"
+        f"<h2>Where the configurations differ</h2>{_differences(runs, names)}"
     )
     return page(", ".join(names), body)
 
@@ -41,19 +39,6 @@ def _results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     unfinished = [name for run, name in zip(runs, names, strict=True) if not run.summary]
     note = f"<p>Not over: {escape(', '.join(unfinished))}.</p>" if unfinished else ""
     return note + _table(rows, names, css="")
-
-
-def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    groups = []
-    for group, titles in CURVES.items():
-        figures = []
-        for key, title in titles.items():
-            series = {name: points_of(run.history, key) for run, name in zip(runs, names, strict=True)}
-            if any(series.values()):
-                figures.append(curves(title, series))
-        if figures:
-            groups.append(f'<h3>{group}</h3><div class="grid2">{"".join(figures)}</div>')
-    return "".join(groups) or "<p>No step is recorded yet.</p>"
 
 
 def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> str:

@@ -33,11 +33,12 @@ pre{overflow-x:auto;background:var(--band);padding:1rem;font-size:13px}
 .hint{border-left:3px solid var(--score);padding-left:.8rem;color:var(--fg)}
 .trace{background:var(--band);padding:.7rem .9rem;margin:.5rem 0;font:13px/1.9 ui-monospace,monospace;
 white-space:pre-wrap;overflow-wrap:anywhere;border-radius:4px}.prompt{color:var(--soft)}
-.token{position:relative;border-radius:2px;padding:1px 0;color:var(--fg)}
+.trace{position:relative}.token{border-radius:2px;padding:1px 0;color:var(--fg)}
 .token.below{background:color-mix(in srgb,var(--less) var(--strength),transparent)}
 .token.above{background:color-mix(in srgb,var(--more) var(--strength),transparent)}
-.tip{display:none;position:absolute;left:0;top:1.7em;z-index:2;background:var(--card);color:var(--fg);
-border:1px solid var(--line);border-radius:4px;padding:.4rem .6rem;white-space:nowrap;font:12px/1.5 system-ui,
+.tip{display:none;position:absolute;margin-top:1.8em;left:.9rem;z-index:2;width:max-content;
+max-width:calc(100% - 1.8rem);white-space:normal;background:var(--card);color:var(--fg);
+border:1px solid var(--line);border-radius:4px;padding:.4rem .6rem;font:12px/1.5 system-ui,
 sans-serif;box-shadow:0 2px 8px #0004}
 .token:hover .tip,.token:focus .tip{display:block}.legend .token{padding:.1rem .4rem}
 """

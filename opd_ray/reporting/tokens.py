@@ -9,7 +9,16 @@ from opd_ray.reporting.charts import Axes, figure, ticks
 
 _LEAST = 1e-4  # smallest probability of the scatter's axes
 _FULL_COLOUR_NATS = 3.0  # |log q - log p| of the strongest colour
+_LEAST_SHARE = 1e-3  # that is told in percent
 _MAX_TRACES = 4
+_MEANS = {
+    "reverse_kl": "KL(student || teacher), nats",
+    "student_entropy": "student's entropy, nats",
+    "teacher_entropy": "teacher's entropy, nats",
+    "topk_overlap": "overlap of the 16 likeliest tokens",
+    "student_mass_in_teacher_topk": "student's mass in the teacher's 16",
+    "teacher_mass_in_student_topk": "teacher's mass in the student's 16",
+}
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 
 
@@ -19,16 +28,23 @@ def tokens_sections(task: str, told: Mapping[str, Any]) -> str:
     if not points["student"]:
         return f"<h3>{escape(task)}</h3><p>No token was compared.</p>"
     figures = [scatter(points), gap_by_position(told["positions"])]
-    below = sum(q < p for p, q in zip(points["student"], points["teacher"], strict=True)) / len(points["student"])
+    below = told["metrics"]["negative_reward_fraction"]
     words = (
-        f"{len(points['student']):,} sampled tokens; of {below:.0%} of them the teacher thinks less than the student"
-        " does (a negative reward)."
+        f"{told['num_tokens']:,} sampled tokens; of {below:.0%} of them the teacher thinks less than the student does"
+        f" (a negative reward). The scatter shows {len(points['student']):,} of them."
     )
     return (
-        f'<h3>{escape(task)}</h3><p>{words}</p><div class="pair">{"".join(figures)}</div>'
+        f'<h3>{escape(task)}</h3><p>{words}</p>{means(told["metrics"])}<div class="pair">{"".join(figures)}</div>'
         f"<h4>Tokens that cost most</h4>{worst_tokens(told['worst'])}"
         f"<h4>Sampled responses</h4>{_LEGEND}{''.join(map(trace, told['traces'][:_MAX_TRACES]))}"
     )
+
+
+def means(metrics: Mapping[str, float]) -> str:
+    """Return what an evaluation says of all tokens; of a teacher without hidden states, less."""
+    known = [(words, f"{metrics[name]:.4g}") for name, words in _MEANS.items() if name in metrics]
+    cells = "".join(f"<tr><td>{words}</td><td>{value}</td></tr>" for words, value in known)
+    return f"<table>{cells}</table>"
 
 
 def scatter(points: Mapping[str, Sequence[Any]]) -> str:
@@ -43,7 +59,8 @@ def scatter(points: Mapping[str, Sequence[Any]]) -> str:
         words = f"{_visible(token)} at {position}: student {p:.3g}, teacher {q:.3g}"
         css = "below" if q < p else "above"
         marks.append(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="2"><title>{escape(words)}</title></circle>')
-    return figure("probability of sampled tokens: student (across), teacher (up)", axes.frame() + "".join(marks))
+    title = "probability of sampled tokens: student (across), teacher (up), both from 1e-4"
+    return figure(title, axes.frame() + "".join(marks))
 
 
 def gap_by_position(bins: Sequence[Mapping[str, float]]) -> str:
@@ -92,15 +109,21 @@ def trace(told: Mapping[str, Any]) -> str:
 
 
 def _tip(token: str, log_p: float, log_q: float, tops: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
-    rows = f"<b>{escape(_visible(token).strip() or '∅')}</b> student {_share(log_p)}, teacher {_share(log_q)}"
+    rows = f"<b>{_marked(token)}</b> student {_share(log_p)}, teacher {_share(log_q)}"
     for whose, top in tops:
-        likeliest = ", ".join(f"{escape(_visible(text).strip() or '∅')} {_share(logprob)}" for text, logprob in top)
+        likeliest = ", ".join(f"<b>{_marked(text)}</b> {_share(logprob)}" for text, logprob in top)
         rows += f"<br>{whose}: {likeliest}"
     return f'<span class="tip">{rows}</span>'
 
 
 def _share(logprob: float) -> str:
-    return f"{math.exp(logprob):.1%}"
+    share = math.exp(logprob)
+    return f"{share:.1%}" if share >= _LEAST_SHARE or share == 0 else f"{share:.0e}"
+
+
+def _marked(token: str) -> str:
+    """Return a token in one line."""
+    return escape(_visible(token).strip() or "∅")
 
 
 def _visible(token: str) -> str:

@@ -281,6 +281,7 @@ def make_comparison(*, kl_sum: float, num_tokens: int, **given: object) -> Compa
         positions_M=none.astype(np.int32),
         student_logprobs_M=none,
         teacher_logprobs_M=none,
+        weights_M=none,
     )
     fields: dict = {"sums": {}, "points": points, "token_texts": {}, "traces": (), **given}
     return Comparison(kl_sum=kl_sum, num_tokens=num_tokens, **fields)

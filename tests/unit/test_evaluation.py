@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
-from fakes import Event, FakeQuarantine, fake_fleets, make_prompt
+from fakes import Event, FakeQuarantine, fake_fleets, make_comparison, make_prompt
 
 from opd_ray.controller import Fleets
 from opd_ray.evaluation import FleetEvaluator, HeldOut, greedy_summaries
@@ -90,6 +90,43 @@ def test_with_several_tasks_each_has_its_own_numbers_and_its_own_sampling():
     assert (metrics["eval/reverse_kl_exact"], metrics["eval/reverse_kl_sort"]) == (2.25, 1.125)
     assert metrics["eval/reverse_kl"] == (10 * 2.25 + 20 * 1.125) / 30  # the mean over all tokens
     assert [p.index for p in held_out.of_task({"sort"}).prompts] == [1, 2]
+
+
+def test_what_is_known_of_student_and_teacher_is_a_metric_of_all_and_of_each_task_and_is_handed_on():
+    prompts = [make_prompt(0), make_prompt(1, task="sort"), make_prompt(2, task="sort")]
+    held_out = HeldOut(prompts=prompts, sampling={"exact": SAMPLING, "sort": SAMPLING}, seed=5)
+    fleets, kept = fake_fleets([]), []
+    fleets.learner.compare = lambda batch: make_comparison(
+        kl_sum=1.0, num_tokens=10 * len(batch.groups), sums={"student_entropy": 10.0}
+    )
+    metrics = FleetEvaluator(
+        held_out=held_out,
+        fleets=fleets,
+        asked=HIDDEN,
+        quarantine=FakeQuarantine(),
+        keep=lambda *given: kept.append(given),
+    ).evaluate(2)
+    found = [metrics[f"eval/student_entropy{task}"] for task in ("", "_exact", "_sort")]
+    assert found == [20 / 30, 1.0, 0.5]
+    ((version, by_task),) = kept
+    assert (version, {task: compared.num_tokens for task, compared in by_task.items()}) == (
+        2,
+        {"exact": 10, "sort": 20},
+    )
+
+
+def test_a_task_of_which_the_teacher_knows_no_token_is_left_out():
+    fleets, kept = fake_fleets([]), []
+    fleets.learner.compare = lambda _: make_comparison(kl_sum=0.0, num_tokens=0)
+    metrics = FleetEvaluator(
+        held_out=HELD_OUT,
+        fleets=fleets,
+        asked=HIDDEN,
+        quarantine=FakeQuarantine(),
+        keep=lambda *given: kept.append(given),
+    ).evaluate(2)
+    assert set(metrics) == {"eval/bad_groups", "time/eval_s"}
+    assert kept == []
 
 
 def evaluate_with_bad(*bad_prompts: int, held_out: HeldOut = HELD_OUT) -> tuple[Metrics, Fleets, FakeQuarantine]:

@@ -6,7 +6,8 @@ import pytest
 
 from opd_ray.pipeline import Span, Window
 from opd_ray.report import main, pages, write_report
-from opd_ray.reporting.charts import curve, ticks, timeline
+from opd_ray.reporting.charts import curves, ticks, timeline
+from opd_ray.reporting.page import points_of
 
 CONFIG = """name: "<b>bold</b>"
 num_steps: 2
@@ -23,6 +24,8 @@ TRACES = {
     "step": 7,
     "tasks": {
         "sort": {
+            "num_tokens": 9000,
+            "metrics": {"reverse_kl": 0.5, "negative_reward_fraction": 0.333, "teacher_entropy": 0.25},
             "points": {
                 "student": [0.5, 0.00001, 1.0],
                 "teacher": [0.25, 0.5, 1.0],
@@ -47,7 +50,7 @@ TRACES = {
                     "tokens": ["<b>", "\n"],
                     "student": [-0.1, -2.0],
                     "teacher": [-3.2, -0.5],
-                    "student_top": [[["<b>", -0.1], ["c", -3.0]], [["\n", -2.0]]],
+                    "student_top": [[["<b>", -0.1], ["c", -3.0], ["e", -10.0]], [["\n", -2.0]]],
                     "teacher_top": [[["d", -0.01]], [["\n", -0.5]]],
                 }
             ],
@@ -71,7 +74,7 @@ def run_dir(path: Path, *, metrics: str = json.dumps(STEP) + "\n", summary: bool
 def test_a_page_shows_figures_curves_timeline_and_hint_and_escapes_what_a_run_wrote(tmp_path: Path):
     text = write_report(run_dir(tmp_path)).read_text()
     assert "0.875" in text
-    assert "reverse KL, training estimate" in text
+    assert "the objective&#x27;s divergence, training estimate" in text
     assert "rollout-0: generate 1.500 s, from 0.000 s" in text
     assert "<td>90% at work</td>" in text
     assert "teacher is &lt;idle&gt;" in text
@@ -87,7 +90,9 @@ def test_a_page_loads_nothing_from_anywhere(tmp_path: Path):
 def test_a_page_shows_student_and_teacher_token_by_token_and_escapes_their_texts(tmp_path: Path):
     text = write_report(run_dir(tmp_path)).read_text()
     assert "Held-out samples of the student after update 7." in text
-    assert "of 33% of them the teacher thinks less than the student" in text
+    assert "9,000 sampled tokens; of 33% of them the teacher thinks less than the student" in text
+    assert "<tr><td>teacher's entropy, nats</td><td>0.25</td></tr>" in text
+    assert "student's entropy, nats" not in text
     assert "<title>&lt;script&gt; at 0: student 0.5, teacher 0.25</title>" in text
     assert "<title>· at 1: student 1e-05, teacher 0.5</title>" in text
     assert "<code>&lt;script&gt;</code></td><td>3</td><td>-0.693</td><td>0.500</td><td>0.250</td><td>2.08</td>" in text
@@ -95,7 +100,24 @@ def test_a_page_shows_student_and_teacher_token_by_token_and_escapes_their_texts
     assert '<span class="token below" style="--strength:75%" tabindex="0">&lt;b&gt;' in text
     assert '<span class="token above" style="--strength:38%" tabindex="0">⏎\n' in text
     assert "student 90.5%, teacher 4.1%" in text
-    assert "teacher: d 99.0%" in text
+    assert "teacher: <b>d</b> 99.0%" in text
+    assert "<b>c</b> 5.0%, <b>e</b> 5e-05" in text
+
+
+def test_a_run_of_several_tasks_has_a_curve_of_each_in_one_chart(tmp_path: Path):
+    names = ("eval/reverse_kl", "eval/reverse_kl_sort", "eval/reverse_kl_copy")
+    folder = run_dir(tmp_path, metrics=json.dumps({"step": 1, **dict.fromkeys(names, 0.5)}) + "\n")
+    tasks = {"sort": TRACES["tasks"]["sort"], "copy": TRACES["tasks"]["sort"]}
+    (folder / "traces.jsonl").write_text(json.dumps({"step": 1, "tasks": tasks}) + "\n")
+    text = write_report(folder).read_text()
+    for i, name in enumerate(("all tasks", "sort", "copy")):
+        assert f'<i class="series s{i}"></i>{name}' in text
+        assert text.count(f"<g><title>{name}</title>") == 1
+
+
+def test_every_objective_has_its_estimate_in_the_same_chart():
+    metrics = {"step": 1, "distill/signal": 1.0, "distill/support_teacher_mass": 0.9, "distill/jsd_support": 0.5}
+    assert points_of([metrics], "distill/") == [(1, 0.5)]
 
 
 def test_a_run_whose_teacher_compares_no_tokens_says_so(tmp_path: Path):
@@ -188,7 +210,7 @@ def test_a_run_that_goes_on_has_a_page_too(tmp_path: Path, metrics: str):
         ({"config.yaml": CONFIG, "events.jsonl": '"x"\n'}, "objects with time, kind, message;"),
         (
             {"config.yaml": CONFIG, "traces.jsonl": '{"step": 1, "tasks": {"a": 1}}\n'},
-            "tasks without points, positions",
+            "tasks without num_tokens, metrics, points",
         ),
         ({"config.yaml": CONFIG, "summary.json": '{"a"'}, "summary.json holds a line that is no JSON"),
     ],
@@ -235,8 +257,10 @@ def test_a_folder_that_is_no_run_is_one_sentence_and_exit_code_2(
         (0, 100, [0, 50, 100]),
         (3.2, 7.9, [2, 4, 6, 8]),
         (-0.3, 0.1, [-0.3, -0.2, -0.1, 0, 0.1]),
-        (5, 5, [4, 6]),
-        (0, 0, [0, 0.5]),
+        (5, 5, [0, 2, 4, 6]),
+        (1, 1, [0, 0.5, 1]),
+        (-2, -2, [-2, -1.5, -1, -0.5, 0]),
+        (0, 0, [0, 0.5, 1]),
     ],
 )
 def test_ticks_are_round_and_enclose_what_is_shown(low: float, high: float, expected: list[float]):
@@ -244,7 +268,7 @@ def test_ticks_are_round_and_enclose_what_is_shown(low: float, high: float, expe
 
 
 def test_one_point_is_a_dot():
-    assert "<circle" in curve("loss", [(1, 2.0)])
+    assert "<circle" in curves("loss", {"": [(1, 2.0)]})
 
 
 def test_lanes_are_in_the_order_of_the_pipeline():

@@ -16,12 +16,15 @@ TRACE = TokenTrace(
 )  # fmt: skip
 
 
-def comparison(*, student: list[float], teacher: list[float], ids: list[int], **given: object) -> Comparison:
+def comparison(
+    *, student: list[float], teacher: list[float], ids: list[int], weights: list[float] | None = None, **given: object
+) -> Comparison:
     points = TokenPoints(
         ids_M=np.array(ids, dtype=np.int32),
         positions_M=np.arange(len(ids), dtype=np.int32),
         student_logprobs_M=np.log(np.array(student, dtype=np.float32)),
         teacher_logprobs_M=np.log(np.array(teacher, dtype=np.float32)),
+        weights_M=np.array(weights or [1.0] * len(ids), dtype=np.float32),
     )
     texts = {i: f"t{i}" for i in ids}
     fields = {"kl_sum": 2.0, "num_tokens": len(ids), "sums": {}, "points": points, "token_texts": texts, "traces": ()}
@@ -35,9 +38,17 @@ def test_means_are_over_all_tokens_and_quantiles_over_the_points():
     metrics = compared.metrics()
     assert metrics["student_entropy"] == 0.5
     assert metrics["logprob_gap_p50"] == pytest.approx(0.0)
-    assert metrics["logprob_gap_p10"] == pytest.approx(0.8 * np.log(0.5), rel=1e-5)
-    assert metrics["logprob_gap_p90"] == pytest.approx(0.8 * np.log(2), rel=1e-5)
+    assert metrics["logprob_gap_p10"] == pytest.approx(np.log(0.5), rel=1e-5)
+    assert metrics["logprob_gap_p90"] == pytest.approx(np.log(2), rel=1e-5)
     assert compared.kl == 0.2
+
+
+def test_a_point_counts_as_often_as_there_are_tokens_that_it_stands_for():
+    many = comparison(student=[0.8, 0.8], teacher=[0.4, 0.4], ids=[1, 1], weights=[10.0, 10.0])
+    few = comparison(student=[0.5] * 6, teacher=[0.5] * 6, ids=[1] * 6)
+    metrics = joined([few, many]).metrics()
+    assert metrics["logprob_gap_p10"] == metrics["logprob_gap_p50"] == pytest.approx(np.log(0.5), rel=1e-5)
+    assert metrics["logprob_gap_p90"] == 0
 
 
 def test_parts_are_put_together_by_their_tokens():
@@ -62,6 +73,8 @@ def test_the_worst_tokens_are_those_with_the_largest_sum_of_gaps(tmp_path: Path)
     assert (first["count"], first["student"], first["teacher"]) == (2, pytest.approx(0.8), pytest.approx(0.3))
     assert told["points"]["student"] == pytest.approx([0.8, 0.8, 0.9, 0.1], abs=1e-5)
     assert told["traces"][0]["tokens"] == ["1", "2"]
+    assert (told["num_tokens"], told["metrics"]["reverse_kl"]) == (4, 0.5)
+    assert told["metrics"]["logprob_gap_p50"] == pytest.approx(np.log(0.3 / 0.9), rel=1e-4)
 
 
 def test_gaps_by_position_are_quantiles_of_the_tokens_there(tmp_path: Path):
@@ -74,7 +87,7 @@ def test_gaps_by_position_are_quantiles_of_the_tokens_there(tmp_path: Path):
     assert [b["first"] for b in bins[1:]] == [b["last"] + 1 for b in bins[:-1]]
     rewards = np.log(teacher) - np.log(student)
     for b in bins:
-        expected = np.quantile(rewards[b["first"] : b["last"] + 1], [0.1, 0.5, 0.9])
+        expected = np.quantile(rewards[b["first"] : b["last"] + 1], [0.1, 0.5, 0.9], method="inverted_cdf")
         assert [b["low"], b["middle"], b["high"]] == pytest.approx(list(expected), abs=1e-5)
 
 

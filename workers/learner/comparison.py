@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from opd_ray.comparison import Alternatives, Comparison, TokenPoints, TokenTrace
+from opd_ray.data.token_text import token_bytes
 from opd_ray.objectives import Losses
 from workers.learner.inputs import ScoredSequence
 
@@ -27,7 +28,8 @@ class Comparer:
     """Adds up micro-batches of `comparison`, or of `sampled` where the teacher gave no hidden states."""
 
     stride: int  # one token in so many becomes a point
-    decode: Callable[[Sequence[int]], str]
+    text_of: Callable[[Sequence[int]], str]
+    text_of_token: Callable[[int], str]
     _kl_sum: float = 0.0
     _num_tokens: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
@@ -49,13 +51,15 @@ class Comparer:
         ids = np.concatenate([s.response_ids for s in sequences])
         first = -self._num_tokens % self.stride
         chosen = np.flatnonzero(kept)[first :: self.stride]
-        self._points.append((ids[chosen], positions[chosen], student[chosen], teacher[chosen]))
+        weights = np.full(len(chosen), self.stride)
+        self._points.append((ids[chosen], positions[chosen], student[chosen], teacher[chosen], weights))
         self._num_tokens += int(kept.sum())
         self._trace(losses, sequences, student=student, teacher=teacher)
 
     def result(self) -> Comparison:
         """Return what was collected."""
-        ids, positions, student, teacher = (np.concatenate(column) for column in zip(*self._points, strict=True))
+        columns = (np.concatenate(column) for column in zip(*self._points, strict=True))
+        ids, positions, student, teacher, weights = columns
         return Comparison(
             kl_sum=self._kl_sum,
             num_tokens=self._num_tokens,
@@ -65,8 +69,9 @@ class Comparer:
                 positions_M=positions.astype(np.int32),
                 student_logprobs_M=student.astype(np.float32),
                 teacher_logprobs_M=teacher.astype(np.float32),
+                weights_M=weights.astype(np.float32),
             ),
-            token_texts={int(id_): self.decode([int(id_)]) for id_ in np.unique(ids)},
+            token_texts={int(id_): self.text_of_token(int(id_)) for id_ in np.unique(ids)},
             traces=tuple(self._traces),
         )
 
@@ -74,14 +79,14 @@ class Comparer:
         start = 0
         for sequence in sequences:
             end = start + len(sequence.response_ids)
-            prompt = self.decode(sequence.prompt_ids.tolist()) if len(self._traces) < _NUM_TRACES else ""
+            prompt = self.text_of(sequence.prompt_ids.tolist()) if len(self._traces) < _NUM_TRACES else ""
             if prompt and sequence.kept.all() and prompt not in (known.prompt for known in self._traces):
                 rows = slice(start, min(end, start + _TRACED_TOKENS))
                 ids = sequence.response_ids[:_TRACED_TOKENS].tolist()
                 self._traces.append(
                     TokenTrace(
                         prompt=prompt,
-                        tokens=tuple(self.decode([id_]) for id_ in ids),
+                        tokens=tuple(map(self.text_of_token, ids)),
                         student_logprobs=tuple(student[rows].tolist()),
                         teacher_logprobs=tuple(teacher[rows].tolist()),
                         student_top=self._alternatives(losses, "student", rows),
@@ -96,9 +101,26 @@ class Comparer:
         ids_NA = losses.stats[f"{whose}_top_ids"][rows].tolist()
         logprobs_NA = losses.stats[f"{whose}_top_logprobs"][rows].tolist()
         return tuple(
-            tuple((self.decode([id_]), logprob) for id_, logprob in zip(ids, logprobs, strict=True))
+            tuple((self.text_of_token(id_), logprob) for id_, logprob in zip(ids, logprobs, strict=True))
             for ids, logprobs in zip(ids_NA, logprobs_NA, strict=True)
         )
+
+
+def texts_of_tokens(tokenizer: Any) -> Callable[[int], str]:
+    """Return what each id contributes to a text, its leading space included; a part of a character as `\\xe4`.
+
+    Of a tokenizer whose tokens have no bytes of their own, the text of the id alone.
+    """
+    try:
+        pieces = token_bytes(tokenizer)
+    except ValueError:
+        return lambda id_: str(tokenizer.decode([id_]))
+
+    def text(id_: int) -> str:
+        piece = pieces[id_] if id_ < len(pieces) else b""
+        return piece.decode(errors="backslashreplace") or f"<{id_}>"
+
+    return text
 
 
 def stride_of(num_tokens: int, *, max_points: int) -> int:

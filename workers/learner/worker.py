@@ -7,8 +7,9 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from opd_ray.config.student import LoraConfig
 from opd_ray.data.lora import adapter_parameters
 from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
-from workers.learner.comparison import Comparer, stride_of
+from workers.learner.comparison import Comparer, stride_of, texts_of_tokens
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
@@ -163,7 +164,8 @@ class LearnerWorker:
         num_tokens = sum(int(s.kept.sum()) for s in sequences)
         comparer = Comparer(
             stride=stride_of(num_tokens, max_points=MAX_POINTS // self._config.num_ranks),
-            decode=self._tokenizer().decode,
+            text_of=self._tokenizer().decode,
+            text_of_token=self._text_of_token,
         )
         for indices in batch.micro_batches:
             micro_batch = self._micro_batch(sequences, indices)
@@ -246,6 +248,10 @@ class LearnerWorker:
         total = torch.tensor(value, dtype=torch.float64, device=self._device)
         torch.distributed.all_reduce(total)
         return float(total)
+
+    @cached_property
+    def _text_of_token(self) -> Callable[[int], str]:
+        return texts_of_tokens(self._tokenizer())
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer

@@ -42,12 +42,13 @@ def losses(
         loss_N, lse_N, teacher_lse_N = divergence_of_logits(
             logits_NV, teacher_NV, divergence=options.divergence, wanted=wanted
         )
+        cost_N = sampled_N - lse_N - teacher_N + teacher_lse_N
         return RowLosses(
             loss_N=loss_N,
             slope_NV=logits_NV if wanted else None,
             divergence_N=loss_N,
             logprobs_N=sampled_N - lse_N,
-            stats={"signal": (sampled_N - lse_N - teacher_N + teacher_lse_N).abs()},
+            stats={"signal": cost_N.abs(), "negative_reward": (cost_N > 0).to(cost_N.dtype)},
         )
 
     chunk_tokens = max(1, options.chunk_tokens // 2)

@@ -83,7 +83,8 @@ class Losses:
     sampled_logprobs_N: Tensor  # [N] log p(y_t), in the nucleus with policy.top_p < 1; [0] where the objective never
     # normalises over the vocabulary
     stats: dict[str, Tensor]  # name -> [N], to be averaged over unmasked tokens; always `signal`, how far the
-    # teacher is from the student: |log p(y_t) - log q(y_t)| or its expectation
+    # teacher is from the student: |log p(y_t) - log q(y_t)| or its expectation; where log q(y_t) is known also
+    # `negative_reward`, 1 where it is below log p(y_t)
     diagnostics: dict[str, Tensor]  # name -> [M] of the first M tokens, M = min(N, options.diagnostic_tokens)
 
 

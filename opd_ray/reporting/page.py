@@ -37,6 +37,7 @@ CURVES = {
         "train/grad_norm": "gradient norm",
         "train/gradient_noise": "gradient noise: variance over micro-batches / square of the mean",
         "train/lr": "learning rate",
+        "train/negative_reward_fraction": "share of trained tokens with a negative reward",
         "train/ess_fraction": "effective sample size, share of the tokens",
         "train/token_age_mean": "age of tokens, mean (versions)",
         "rollout/logprob_gap_max": "largest log-prob gap, sampler to learner (nats)",

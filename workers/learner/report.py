@@ -177,6 +177,8 @@ def combine(reports: Sequence[RankReport], *, estimate: str) -> dict[str, float]
     }
     means = {name: sum(r.stat_sums[name] for r in reports) / num_tokens for name in reports[0].stat_sums}
     metrics["distill/signal"] = means["signal"]
+    if "negative_reward" in means:
+        metrics["train/negative_reward_fraction"] = means["negative_reward"]
     if "ratio" in means:
         metrics |= {
             "train/ratio_mean": means["ratio"],

@@ -59,3 +59,12 @@ def test_the_ids_of_a_class_are_one_outcome_in_the_signal() -> None:
     expected_N = (merged(problem.log_p()) - merged(problem.log_q())).abs()
     signal_N = losses_of("full", problem, equivalent_ids=(tuple(class_),)).stats["signal"]
     torch.testing.assert_close(signal_N, expected_N, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sampled", "full"])
+def test_a_reward_is_negative_where_the_teacher_thinks_less_of_the_sampled_token(name: str) -> None:
+    problem = random_problem(masked=(2,))
+    log_p_N, log_q_N = problem.sampled(problem.log_p()).detach(), problem.sampled(problem.log_q())
+    expected_N = ((log_q_N < log_p_N) & problem.tokens.mask_N).double()
+    assert 0 < expected_N.sum() < problem.tokens.mask_N.sum()
+    assert torch.equal(losses_of(name, problem, chunk_tokens=4).stats["negative_reward"], expected_N)

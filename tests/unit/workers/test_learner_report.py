@@ -357,3 +357,10 @@ def test_the_metrics_of_several_updates_are_means_over_their_tokens_sums_of_thei
     assert metrics["train/lr"] == 1e-4
     assert metrics["time/learn_s"] == 5.0 + 1.0
     assert "train/grad_norm_max" not in combine_updates([[REPORT]], estimate="reverse_kl_full")
+
+
+def test_the_share_of_negative_rewards_is_over_the_tokens_of_all_ranks():
+    given = replace(REPORT, stat_sums={"signal": 0.0, "negative_reward": 2.0}, num_tokens=3)
+    other = replace(REPORT, stat_sums={"signal": 0.0, "negative_reward": 0.0}, num_tokens=1)
+    assert combine([given, other], estimate="x")["train/negative_reward_fraction"] == 0.5
+    assert "train/negative_reward_fraction" not in combine([REPORT], estimate="x")

@@ -48,8 +48,7 @@ def losses(
     discount 1: unbiased for the gradient of the sequence KL, variance up to T^4. 0: variance up to T^2; the expected
     gradient is that of the token KLs at fixed prefixes, the one that `full` computes without noise. Baselines change
     no expectation. divergence_N is r_t, unclipped: the k1 estimator of KL(p || q), unbiased and of either sign.
-    Stats: `signal`, |r_t|, `negative_reward`, 1 where r_t > 0, `reward_clipped`, `ratio`, `ratio_squared`,
-    `ratio_clipped`.
+    Stats: `signal`, |r_t|, `negative_reward`, r_t > 0, `reward_clipped`, `ratio`, `ratio_squared`, `ratio_clipped`.
     hidden_ND [N,D], head_VD [V,D]; nats. Source: arXiv 2603.25562.
     Choose it when a teacher can give no more than the log-prob of the sampled token, or with a task reward.
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from helpers import compose_config, reference_logprobs, reference_model, sampled
 from learners import (
@@ -159,6 +160,38 @@ def test_gradient_noise_is_the_variance_over_micro_batches(
     expected = expected_noise(student, teacher, num_ranks=num_ranks, max_tokens=9)
     assert metrics["train/gradient_noise"] == pytest.approx(expected, rel=1e-3)
     learner.close()
+
+
+@pytest.mark.parametrize("cut", [(0, 1), (2, 2), (3, 2)], ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}")
+@pytest.mark.usefixtures("cluster")
+def test_the_norm_of_each_tasks_gradient_is_that_of_its_own_loss(
+    config: Config, tmp_path: Path, cut: tuple[int, int]
+) -> None:
+    zero_stage, num_ranks = cut
+    config.learner = replace(config.learner, gradient_noise=True, zero_stage=zero_stage, num_ranks=num_ranks)
+    student, teacher = reference_model(config.student.path), reference_model(config.teacher.path)
+    batch, tasks = make_batch(teacher), ("sort", "copy", "copy", "sort")
+    handles = [
+        replace(
+            handle,
+            summary=ray.put(replace(summary_of(group), task=task)),
+            group=ray.put(replace(group, task=task)),
+        )
+        for handle, group, task in zip(batch.groups, GROUPS, tasks, strict=True)
+    ]
+    learner = open_learner(config, tmp_path)
+    metrics = learner.update(replace(batch, groups=handles))
+    learner.close()
+
+    num_tokens = sum(len(group.response_ids) for group in GROUPS)
+    for task in ("sort", "copy"):
+        own = [group for group, of_group in zip(GROUPS, tasks, strict=True) if of_group == task]
+        kl = torch.stack([kl for group in own for kl in sequence_kls(student, teacher, group)]).sum()
+        parts = torch.autograd.grad(kl / num_tokens, list(student.parameters()))
+        exact = float(torch.cat([part.flatten() for part in parts]).norm())
+        assert metrics[f"train/grad_norm_{task}"] == pytest.approx(exact, rel=0.06)  # five standard deviations
+    assert metrics["train/grad_norm_sort"] != pytest.approx(metrics["train/grad_norm_copy"], rel=0.1)
+    assert "train/grad_norm_exact" not in metrics
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ class RayLearner:
         The share is what to do, and the references to its groups and their scores.
         """
         groups, scores = [batch.groups[i] for i in positions], [batch.scores[i] for i in positions]
+        several_tasks = len({summary.task for summary in summaries}) > 1
         shares = rank_batches(
             [summaries[i] for i in positions],
             teachers=[score.teacher for score in scores],
@@ -127,6 +128,7 @@ class RayLearner:
             hidden_size=self._hidden_size,
             version=batch.step,
             part=part,
+            tasks_apart=several_tasks and self._config.gradient_noise,
         )
         return [
             (rank, rank_batch, [groups[i].group for i in share] + [scores[i].score for i in share])
@@ -152,19 +154,21 @@ def rank_batches(  # noqa: PLR0913 - what the cut depends on
     hidden_size: int,
     version: int,
     part: int = 0,
+    tasks_apart: bool = False,
 ) -> list[tuple[list[int], RankBatch]]:
     """Return for each rank the groups of its share, as positions, and what to do with them.
 
-    teachers names the one that scored each group: sequences of different teachers share no micro-batch. hidden_size is
-    the student's: it tells how much dearer the tokens of long sequences are. An evaluation that left groups out may
-    have fewer than ranks; a rank without any reads the first one in empty micro-batches, since all ranks make as many
-    collective calls.
+    teachers names the one that scored each group: sequences of different teachers share no micro-batch, with
+    tasks_apart those of different tasks neither. hidden_size is the student's: it tells how much dearer the tokens of
+    long sequences are. An evaluation that left groups out may have fewer than ranks; a rank without any reads the
+    first one in empty micro-batches, since all ranks make as many collective calls.
     """
     lengths = [[s.num_prompt_tokens + n for n in s.response_lengths] for s in summaries]
     costs = [sum(training_cost(n, hidden_size=hidden_size) for n in of_group) for of_group in lengths]
     shares = partition(costs, num_ranks)
     flat = [[n for i in share for n in lengths[i]] for share in shares]
-    kinds = [[teachers[i] for i in share for _ in lengths[i]] for share in shares]
+    of_groups = [f"{t} {s.task}" if tasks_apart else t for t, s in zip(teachers, summaries, strict=True)]
+    kinds = [[of_groups[i] for i in share for _ in lengths[i]] for share in shares]
     cuts = [
         micro_batches_by_kind(*of_rank, max_tokens=max_tokens, padded=padded)
         for of_rank in zip(flat, kinds, strict=True)
@@ -179,6 +183,7 @@ def rank_batches(  # noqa: PLR0913 - what the cut depends on
                 part=part,
                 teachers=tuple(teachers[i] for i in share or [0]),
                 micro_batches=tuple(map(tuple, cut)) + ((),) * (most - len(cut)),
+                tasks_apart=tasks_apart,
             ),
         )
         for share, cut in zip(shares, cuts, strict=True)

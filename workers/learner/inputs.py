@@ -34,6 +34,7 @@ class ScoredSequence:
     advantages: Float32  # [n]
     score: Score  # of these n tokens
     teacher: str  # whose
+    task: str
 
     def without_loss(self) -> "ScoredSequence":
         """Return the same sequence with every token masked."""
@@ -59,6 +60,7 @@ def split_groups(
                     advantages=plan.advantages_N[of_plan].numpy(),
                     score=_rows(score, slice(start, end)),
                     teacher=teacher,
+                    task=group.task,
                 )
             )
         first += len(group.response_ids)

@@ -1,17 +1,19 @@
 """What the learner's fleet tells a rank of an update, what a rank reports, and how reports become metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from opd_ray.arrays import Float32
 from opd_ray.config.objective import DivergenceKind, ObjectiveConfig, ObjectiveKind
 from opd_ray.objectives import Losses
 from opd_ray.protocol import RECORDED_VERSION, ScoreSummary
 from workers.learner.inputs import ScoredSequence
 from workers.learner.noise import gradient_noise
+from workers.learner.task_gradients import norms
 
 _TINY = 1e-30
 
@@ -25,6 +27,7 @@ class RankBatch:
     teachers: tuple[str, ...]  # who scored each of this rank's groups
     micro_batches: tuple[tuple[int, ...], ...]  # this rank's sequences, flat over its groups, by micro-batch;
     # each of one teacher; all ranks have equally many: the lighter ones end with empty micro-batches
+    tasks_apart: bool = False  # each is of one task as well, and each task's gradient is measured
 
     @property
     def num_groups(self) -> int:
@@ -65,6 +68,7 @@ class RankReport:
     learn_s: float
     gradient_squares: float = 0.0  # of micro-batches' own gradients, summed, before the mean over ranks; 0: not asked
     num_micro_batches: int = 0  # with a loss
+    task_gradients: Mapping[str, Float32] = field(default_factory=dict)  # projections, see `TaskGradients`
 
 
 @dataclass(slots=True, kw_only=True)
@@ -203,13 +207,15 @@ def combine_updates(updates: Sequence[Sequence[RankReport]], *, estimate: str) -
 
     Means are over the tokens of all updates; the learning rate is the last one's.
     """
-    norms = [reports[0].grad_norm for reports in updates]
+    whole = [reports[0].grad_norm for reports in updates]
+    of_tasks = [norms([report.task_gradients for report in reports]) for reports in updates]
     noise = [value for value in map(_noise, updates) if value is not None]
     return {
         **combine([report for reports in updates for report in reports], estimate=estimate),
         "train/num_updates": len(updates),
-        "train/grad_norm": sum(norms) / len(norms),
-        **({"train/grad_norm_max": max(norms)} if len(norms) > 1 else {}),
+        "train/grad_norm": sum(whole) / len(whole),
+        **({"train/grad_norm_max": max(whole)} if len(whole) > 1 else {}),
+        **{f"train/grad_norm_{task}": sum(u.get(task, 0.0) for u in of_tasks) / len(updates) for task in of_tasks[0]},
         **({"train/gradient_noise": sum(noise) / len(noise)} if noise else {}),
         "train/lr": updates[-1][0].lr,
         "time/learn_s": sum(max(r.learn_s for r in reports) for reports in updates),

@@ -26,6 +26,7 @@ from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
+from workers.learner.task_gradients import TaskGradients
 from workers.output_head import load_head
 from workers.sync.backend import Publication
 from workers.sync.choose import SyncPlan, open_publisher
@@ -105,6 +106,7 @@ class LearnerWorker:
         )
         self._options = objective_options(self._objective)
         self._squares = GradientSquares(self._engine.module) if self._config.gradient_noise else None
+        self._task_gradients = TaskGradients(self._engine.module) if self._config.gradient_noise else None
         self._publisher = open_publisher(
             self._model,
             plan=self._sync,
@@ -127,12 +129,14 @@ class LearnerWorker:
         for indices in batch.micro_batches:
             micro_batch = self._micro_batch(sequences, indices)
             losses = self._forward(micro_batch, objective=self._objective.config.kind.value, options=options)
+            if self._task_gradients:
+                self._task_gradients.begin(micro_batch[0].task if batch.tasks_apart else "")
             self._engine.backward(losses.loss * scale)
             totals.add(losses, micro_batch)
             options = self._options  # the first micro-batch has given the diagnostics
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
-        return totals.report(
+        report = totals.report(
             denominator=plan.denominator,
             grad_norm=float(self._engine.get_global_grad_norm() or self._clipped_norm),
             lr=lr,
@@ -140,6 +144,7 @@ class LearnerWorker:
             gradient_squares=self._squares.take() if self._squares else 0.0,
             num_micro_batches=sum(map(bool, batch.micro_batches)),
         )
+        return replace(report, task_gradients=self._task_gradients.take()) if self._task_gradients else report
 
     def release_memory(self) -> None:
         """Give what torch keeps of the GPU's memory for later back to the GPU."""

@@ -71,6 +71,15 @@ def test_sequences_that_would_fit_into_one_micro_batch_are_cut_by_teacher():
     assert batch.micro_batches == ((2,), (0, 1, 3))
 
 
+def test_tasks_are_cut_apart_where_each_ones_gradient_is_measured():
+    summaries = [make_summary(3, 3, task="sort"), make_summary(3, task="copy"), make_summary(3, task="sort")]
+    given = {"teachers": ["a"] * 3, "num_ranks": 1, "max_tokens": 100, "padded": False, "hidden_size": 8, "version": 0}
+    for tasks_apart, micro_batches in ((True, ((2,), (0, 1, 3))), (False, ((0, 1, 2, 3),))):
+        ((_, batch),) = rank_batches(summaries, tasks_apart=tasks_apart, **given)
+        assert batch.tasks_apart is tasks_apart
+        assert sorted(tuple(sorted(cut)) for cut in batch.micro_batches) == sorted(micro_batches)
+
+
 def test_one_teacher_is_cut_by_length_alone():
     groups = [([3, 8], "a"), ([8], "a"), ([3], "a")]
     _, ((_, batch),) = split(groups, num_ranks=1, max_tokens=20, padded=True)

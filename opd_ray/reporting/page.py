@@ -14,7 +14,7 @@ from opd_ray.reporting.tokens import tokens_sections
 
 CURVES = {
     "Distillation": {
-        "distill/": "the objective's divergence, training estimate (nats a token)",
+        "distill/": "divergence in training (nats a token)",
         "eval/reverse_kl": "reverse KL, held out (nats a token)",
         "eval/negative_reward_fraction": "share of tokens with a negative reward, held out",
         "eval/student_entropy": "student's entropy, held out (nats)",
@@ -35,7 +35,7 @@ CURVES = {
     "Optimisation": {
         "train/loss": "loss",
         "train/grad_norm": "gradient norm",
-        "train/gradient_noise": "gradient noise: variance over micro-batches / square of the mean",
+        "train/gradient_noise": "gradient noise: variance / squared mean",
         "train/lr": "learning rate",
         "train/negative_reward_fraction": "share of trained tokens with a negative reward",
         "train/ess_fraction": "effective sample size, share of the tokens",

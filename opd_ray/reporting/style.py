@@ -40,6 +40,7 @@ white-space:pre-wrap;overflow-wrap:anywhere;border-radius:4px}.prompt{color:var(
 max-width:calc(100% - 1.8rem);white-space:normal;background:var(--card);color:var(--fg);
 border:1px solid var(--line);border-radius:4px;padding:.4rem .6rem;font:12px/1.5 system-ui,
 sans-serif;box-shadow:0 2px 8px #0004}
+.token:hover,.token:focus{outline:1px solid var(--soft)}
 .token:hover .tip,.token:focus .tip{display:block}.legend .token{padding:.1rem .4rem}
 """
 

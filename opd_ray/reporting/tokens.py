@@ -31,7 +31,7 @@ def tokens_sections(task: str, told: Mapping[str, Any]) -> str:
     below = told["metrics"]["negative_reward_fraction"]
     words = (
         f"{told['num_tokens']:,} sampled tokens; of {below:.0%} of them the teacher thinks less than the student does"
-        f" (a negative reward). The scatter shows {len(points['student']):,} of them."
+        f" (a negative reward). {len(points['student']):,} are shown."
     )
     return (
         f'<h3>{escape(task)}</h3><p>{words}</p>{means(told["metrics"])}<div class="pair">{"".join(figures)}</div>'
@@ -59,7 +59,7 @@ def scatter(points: Mapping[str, Sequence[Any]]) -> str:
         words = f"{_visible(token)} at {position}: student {p:.3g}, teacher {q:.3g}"
         css = "below" if q < p else "above"
         marks.append(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="2"><title>{escape(words)}</title></circle>')
-    title = "probability of sampled tokens: student (across), teacher (up), both from 1e-4"
+    title = "probability of sampled tokens: student across, teacher up"
     return figure(title, axes.frame() + "".join(marks))
 
 
@@ -101,7 +101,7 @@ def trace(told: Mapping[str, Any]) -> str:
         css = "below" if log_q < log_p else "above"
         tops = [(whose, told[f"{whose}_top"][i]) for whose in ("student", "teacher") if told[f"{whose}_top"]]
         spans.append(
-            f'<span class="token {css}" style="--strength:{75 * strength:.0f}%" tabindex="0">'
+            f'{"<wbr>" if token.startswith(" ") else ""}<span class="token {css}" style="--strength:{75 * strength:.0f}%" tabindex="0">'
             f"{escape(_visible(token))}{_tip(token, log_p, log_q, tops)}</span>"
         )
     prompt = f'<span class="prompt">{escape(told["prompt"])}</span>'
@@ -132,6 +132,6 @@ def _visible(token: str) -> str:
 
 _LEGEND = (
     '<p class="legend"><span class="token below" style="--strength:75%">teacher thinks less of it</span> '
-    '<span class="token above" style="--strength:75%">teacher thinks more of it</span> full colour from a factor of '
-    f"{math.exp(_FULL_COLOUR_NATS):.0f}; hover, or move with Tab, for probabilities and alternatives</p>"
+    '<span class="token above" style="--strength:75%">teacher thinks more of it</span> in full colour from a factor of '
+    f"{math.exp(_FULL_COLOUR_NATS):.0f} on; hover or press Tab for alternatives</p>"
 )

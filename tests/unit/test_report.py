@@ -74,7 +74,7 @@ def run_dir(path: Path, *, metrics: str = json.dumps(STEP) + "\n", summary: bool
 def test_a_page_shows_figures_curves_timeline_and_hint_and_escapes_what_a_run_wrote(tmp_path: Path):
     text = write_report(run_dir(tmp_path)).read_text()
     assert "0.875" in text
-    assert "the objective&#x27;s divergence, training estimate" in text
+    assert "divergence in training (nats a token)" in text
     assert "rollout-0: generate 1.500 s, from 0.000 s" in text
     assert "<td>90% at work</td>" in text
     assert "teacher is &lt;idle&gt;" in text

@@ -98,10 +98,10 @@ def trace(told: Mapping[str, Any]) -> str:
     columns = (told["tokens"], told["student"], told["teacher"])
     for i, (token, log_p, log_q) in enumerate(zip(*columns, strict=True)):
         strength = min(abs(log_q - log_p) / _FULL_COLOUR_NATS, 1.0)
-        css = "below" if log_q < log_p else "above"
+        css, gap = "below" if log_q < log_p else "above", "<wbr>" if token.startswith(" ") else ""
         tops = [(whose, told[f"{whose}_top"][i]) for whose in ("student", "teacher") if told[f"{whose}_top"]]
         spans.append(
-            f'{"<wbr>" if token.startswith(" ") else ""}<span class="token {css}" style="--strength:{75 * strength:.0f}%" tabindex="0">'
+            f'{gap}<span class="token {css}" style="--strength:{75 * strength:.0f}%" tabindex="0">'
             f"{escape(_visible(token))}{_tip(token, log_p, log_q, tops)}</span>"
         )
     prompt = f'<span class="prompt">{escape(told["prompt"])}</span>'

@@ -41,7 +41,8 @@ class StopSignal:
             return
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         try:
-            yield self
+            with self._as_asked():
+                yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -53,9 +54,20 @@ class StopSignal:
         try:
             if self._asked:
                 raise self._asked
-            yield
+            with self._as_asked():
+                yield
         finally:
             self._may_stop = False
+
+    @contextmanager
+    def _as_asked(self) -> Iterator[None]:
+        """Tell `Stopped` for the SystemError that Ray makes of it when it is raised while Ray waits."""
+        try:
+            yield
+        except SystemError:
+            if self._asked is None:
+                raise
+            raise self._asked from None
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)

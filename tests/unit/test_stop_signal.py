@@ -93,6 +93,33 @@ def test_another_thread_than_the_main_one_listens_to_nothing() -> None:
     assert during == [before]
 
 
+@pytest.mark.parametrize("first_batch", [True, False])
+def test_what_ray_makes_of_it_while_it_waits_is_told_as_a_stop(first_batch: bool) -> None:
+    def waits() -> None:
+        try:
+            tell()
+        except Stopped as stopped:
+            raise SystemError("returned a result with an exception set") from stopped
+
+    def script(stop: StopSignal) -> None:
+        if first_batch:
+            waits()
+        with stop.stoppable():
+            waits()
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        listen(script)
+
+
+def test_a_system_error_without_a_signal_stays_one() -> None:
+    def script(stop: StopSignal) -> None:
+        with stop.stoppable():
+            raise SystemError("another")
+
+    with pytest.raises(SystemError, match="another"):
+        listen(script)
+
+
 class ToldDuring(FakeLearner):
     """Is interrupted in its second update."""
 

@@ -1,89 +1,15 @@
 """Marks mathematical answers by math-verify, in a process that is killed when an expression takes too long."""
 
-import json
-import os
-import selectors
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+from opd_ray.data.marking_process import MarkingProcess
 
-_ROOT = Path(__file__).resolve().parents[2]
-_MODULE = "opd_ray.data.math_child"
-_MAX_CHARACTERS = 100_000  # of a response, from its end: where the answer is
+_PROCESS = MarkingProcess("opd_ray.data.math_child")
 
 
-class MathVerifier:
-    """Asks one process, one question at a time, from whatever thread; starts it when it is first asked.
+def verify_math(response: str, answer: str) -> float:
+    """Return 1.0 when the response's last expression equals the answer, as numbers, sets or formulas do.
 
-    A question that is not answered within deadline_s is answered with 0.0, and a new process takes its place.
+    Raises ValueError for an empty answer.
     """
-
-    def __init__(self, *, deadline_s: float = 5.0, start_s: float = 60.0, module: str = _MODULE) -> None:
-        self._deadline_s, self._start_s, self._module = deadline_s, start_s, module
-        self._child: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-
-    def __call__(self, response: str, answer: str) -> float:
-        """Return 1.0 when the response's last expression equals the answer, as numbers, sets or formulas do.
-
-        Raises ValueError for an empty answer.
-        """
-        if not answer.strip():
-            raise ValueError("verifier 'math' expects an expression as the answer, was given an empty one")
-        if not response.strip():
-            return 0.0
-        with self._lock:
-            return float(self._ask(response[-_MAX_CHARACTERS:], answer) == "true")
-
-    def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            self._end()
-
-    def _ask(self, response: str, answer: str) -> str:
-        """Return the answer's text, nothing when there is none in time."""
-        is_new = self._child is None or self._child.poll() is not None
-        if is_new:
-            self._child = self._start()
-        assert self._child is not None
-        deadline = time.monotonic() + self._deadline_s + (self._start_s if is_new else 0)
-        try:
-            text = self._exchange((json.dumps([response, answer]) + "\n").encode(), deadline)
-        except BrokenPipeError:
-            text = ""
-        if not text:
-            self._end()
-        return text
-
-    def _exchange(self, question: bytes, deadline: float) -> str:
-        assert self._child is not None
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        self._child.stdin.write(question)
-        self._child.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._child.stdout, selectors.EVENT_READ)
-            if not selector.select(max(deadline - time.monotonic(), 0)):
-                return ""
-        return self._child.stdout.readline().decode().strip()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.Popen(
-            [sys.executable, "-m", self._module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def _end(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._child = None
-
-
-verify_math = MathVerifier()
+    if not answer.strip():
+        raise ValueError("verifier 'math' expects an expression as the answer, was given an empty one")
+    return _PROCESS.mark(response, answer)

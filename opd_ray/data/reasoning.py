@@ -4,18 +4,15 @@ The library is imported when it is asked for: that takes more than a second.
 """
 
 import difflib
-import json
-import re
 from functools import cache
 from typing import Any
 
+from opd_ray.data.marking_process import MarkingProcess
+from opd_ray.data.reasoning_entries import as_text, from_text
 from opd_ray.data.records import Record
 
-_INSTRUCTION = "\nGive the final answer on a line of its own, as: Answer: ..."
-# Where a response states its answer; the last one counts.
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_SAID = re.compile(r"[Aa]nswer\s*:\s*(.+)")
+_INSTRUCTION = "\nGive the final answer at the end, as: Answer: ..."
+_PROCESS = MarkingProcess("opd_ray.data.reasoning_child")
 
 
 def check_dataset(key: str, name: str) -> None:
@@ -31,43 +28,45 @@ def check_dataset(key: str, name: str) -> None:
 def reasoning_records(name: str, *, num_records: int, seed: int) -> list[Record]:
     """Return prompts of a dataset with what its rule needs to mark them.
 
-    Raises ValueError for a dataset whose entries cannot be written as JSON.
+    Raises ValueError for a dataset that cannot be made from a seed alone, or whose entries JSON cannot hold.
     """
     import reasoning_gym
 
-    entries = list(reasoning_gym.create_dataset(name, size=num_records, seed=seed))
+    try:
+        entries = list(reasoning_gym.create_dataset(name, size=num_records, seed=seed))
+    except (AssertionError, ValueError, TypeError, ImportError, OSError) as fault:
+        raise ValueError(f"reasoning-gym's {name} cannot be used: it is not made from a seed alone ({fault})") from None
     return [_record(name, index, entry) for index, entry in enumerate(entries)]
 
 
 def verify_reasoning(response: str, reference: str) -> float:
     """Return 1.0 when the dataset's own rule gives the stated answer full marks.
 
-    reference: the dataset's name and entry, in JSON, as `reasoning_records` writes them. The answer is what stands
-    last in <answer>...</answer>, else in a box, else behind "Answer:", else on the last line that is not empty.
+    reference: the dataset's name and entry as text, as `reasoning_records` writes them; the stated answer is that of
+    `stated_answer`. A rule that raises or takes more than 5 s costs this response. Raises ValueError for a reference
+    of another form.
     """
-    given = json.loads(reference)
-    if not response.strip():
-        return 0.0
-    return float(_dataset(given["dataset"]).score_answer(stated_answer(response), given["entry"]) >= 1.0)
+    _check_reference(reference)
+    return _PROCESS.mark(response, reference)
 
 
-def stated_answer(response: str) -> str:
-    """Return the part of a response that is its answer."""
-    for form in (_TAGGED, _BOXED, _SAID):
-        found = form.findall(response)
-        if found:
-            return str(found[-1]).strip()
-    lines = [line.strip() for line in response.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def _check_reference(reference: str) -> None:
+    try:
+        given = from_text(reference)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or given.keys() != {"dataset", "entry"}:
+        raise ValueError(
+            "verifier 'reasoning_gym' expects an entry as data=reasoning_gym makes them, was given the answer"
+            f" {reference[:40]!r}; use data=reasoning_gym, or another verifier"
+        )
 
 
 def _record(name: str, index: int, entry: dict[str, Any]) -> Record:
     try:
-        reference = json.dumps({"dataset": name, "entry": entry})
-    except TypeError as fault:
-        raise ValueError(
-            f"reasoning-gym's {name} cannot be used: its entries are not written as JSON ({fault})"
-        ) from None
+        reference = as_text({"dataset": name, "entry": entry})
+    except ValueError as fault:
+        raise ValueError(f"reasoning-gym's {name} cannot be used: its entries have no JSON, {fault}") from None
     return Record(
         where=f"reasoning-gym {name}, prompt {index}",
         prompt=str(entry["question"]) + _INSTRUCTION,
@@ -76,13 +75,6 @@ def _record(name: str, index: int, entry: dict[str, Any]) -> Record:
         task=name,
         reference=reference,
     )
-
-
-@cache
-def _dataset(name: str) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(name, size=1, seed=0)
 
 
 @cache

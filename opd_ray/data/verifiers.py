@@ -9,10 +9,13 @@ from opd_ray.data.reasoning import verify_reasoning
 Verifier = Callable[[str, str], float]
 """(response, answer) -> 1.0 or 0.0"""
 
-# The forms in which an option is stated, the last one in the response counts: \boxed{B}, "answer is B", (B), B alone.
-_STATED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?\}?\s*\}|[Aa]nswer(?:\s+is)?\s*:?\s*\**\(?([A-Z])\b")
+# The forms in which an option is stated, the last one in the response counts: \boxed{B}, "answer is B", "Answer: B".
+_STATED = re.compile(
+    r"\\boxed\{\s*(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?([A-Z])\)?\}?\s*\}"
+    r"|\b(?i:answer)\**(?:\s+is)?\s*:?[\s*$]*(?:(?i:option)\s+)?\(?([A-Z])\b(?<!I(?='|\s[a-z]))"
+)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
-_ALONE = re.compile(r"\s*\**\(?([A-Z])\)?[.*]*\s*")
+_ALONE = re.compile(r"\s*[*$]*\(?([A-Z])\)?[.*$]*\s*")
 
 
 def verify_exact(response: str, answer: str) -> float:
@@ -34,7 +37,7 @@ def verify_numeric(response: str, answer: str) -> float:
 def verify_choice(response: str, answer: str) -> float:
     r"""Return 1.0 when the option that the response states last is the answer's: an option is a capital letter.
 
-    It is stated as `\boxed{B}` or "answer: B", else as "(B)", else it is the whole response. An answer that is no such
+    It is alone on the last line, else stated as `\boxed{B}` or "answer: B", else as "(B)". An answer that is no such
     letter, bracketed or not, raises ValueError.
     """
     expected = _ALONE.fullmatch(answer)
@@ -61,10 +64,9 @@ def _last_number(text: str) -> float | None:
 
 
 def _stated_option(response: str) -> str | None:
-    stated = [boxed or said for boxed, said in _STATED.findall(response)]
-    if not stated:
-        stated = _BRACKETED.findall(response)
-    if stated:
-        return str(stated[-1])
-    alone = _ALONE.fullmatch(response)
-    return alone[1] if alone else None
+    lines = [line for line in response.splitlines() if line.strip()]
+    alone = _ALONE.fullmatch(lines[-1]) if lines else None
+    if alone:
+        return alone[1]
+    stated = [boxed or said for boxed, said in _STATED.findall(response)] or _BRACKETED.findall(response)
+    return str(stated[-1]) if stated else None

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from opd_ray.config.plain import read_command_line
 from opd_ray.config.schema import RolloutConfig
 from opd_ray.config.services import ClusterConfig
 from opd_ray.console import RunConsole
-from opd_ray.data.evaluation_prompts import evaluation_prompts, model_folder
+from opd_ray.data.evaluation_prompts import evaluation_prompts, model_folder, response_tokens
 from opd_ray.data.models import open_model
 from opd_ray.evaluation import HeldOut
 from opd_ray.evaluation_statistics import Estimate, estimates
@@ -59,23 +59,24 @@ def evaluate(config: EvaluateConfig, console: RunConsole, *, log_dir: Path) -> l
     opened = open_model("model", folder)
     prompts = evaluation_prompts(config, tokenizer=opened.tokenizer)
     console.say(f"{len(prompts)} prompts, {config.num_samples} samples each and the likeliest response")
+    longest = max(len(p.ids_P) for p in prompts)
+    max_response_tokens = response_tokens(config, prompt_tokens=longest, positions=_positions(config, opened.config))
     options = SamplingOptions(
         num_samples=config.num_samples,
-        max_response_tokens=config.max_response_tokens,
+        max_response_tokens=max_response_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         support_size=0,
         support_top_p=1.0,
     )
     held_out = HeldOut(prompts=prompts, sampling={p.task: options for p in prompts}, seed=config.seed)
-    longest = max(len(p.ids_P) for p in prompts) + config.max_response_tokens
     with (
         console.phase("start workers and evaluate"),
         workers.model_sampler(
             folder,
             rollout=_rollout(config),
             cluster=ClusterConfig(address=config.address, threads_per_worker=config.threads_per_worker),
-            max_model_tokens=longest,
+            max_model_tokens=longest + max_response_tokens,
             log_dir=log_dir,
         ) as fleet,
     ):
@@ -110,8 +111,10 @@ def main() -> None:
     try:
         config = read_command_line(EvaluateConfig, sys.argv[1:], usage=__doc__ or "")
         output = output_path(config)
-        results = evaluate(config, RunConsole(), log_dir=log_dir)
+        if output.is_dir():
+            raise ValueError(f"output={output}: is a folder, expected the name of a JSON file")
         output.parent.mkdir(parents=True, exist_ok=True)
+        results = evaluate(config, RunConsole(), log_dir=log_dir)
         output.write_text(json.dumps(_record(config, results), indent=2) + "\n")
     except RayError as fault:
         _fail(f"{describe(fault, log_dir=log_dir)}\nthe workers' logs lie in {log_dir}", _FAILED)
@@ -130,15 +133,22 @@ def output_path(config: EvaluateConfig) -> Path:
     return base / f"evaluation-{task}.json"
 
 
+def _positions(config: EvaluateConfig, model: Any) -> int | None:
+    if "hf_overrides" in config.engine_args:
+        return None
+    return getattr(model, "max_position_embeddings", None)
+
+
 def _rollout(config: EvaluateConfig) -> RolloutConfig:
-    gpus = config.gpus_per_worker
+    gpus, size = config.gpus_per_worker, config.tensor_parallel_size
+    parallel = {"tensor_parallel_size": size, "distributed_executor_backend": "mp"} if size > 1 else {}
     return RolloutConfig(
-        temperature=config.temperature or 1.0,
+        temperature=config.temperature,
         dtype=config.dtype,
         num_workers=config.num_workers,
         cpus_per_worker=config.cpus_per_worker,
         gpus_per_worker=gpus,
-        engine_args={**({} if gpus else _CPU_ENGINE_ARGS), **config.engine_args},
+        engine_args={**({} if gpus else _CPU_ENGINE_ARGS), **parallel, **config.engine_args},
     )
 
 
@@ -154,7 +164,7 @@ def _result(task: str, answers: Sequence[tuple[GroupSummary, GroupSummary]]) -> 
 
 
 def _record(config: EvaluateConfig, results: Sequence[TaskResult]) -> dict[str, Any]:
-    settings = asdict(replace(config))
+    settings = asdict(config)
     return {"settings": settings, "versions": versions(), "results": [asdict(result) for result in results]}
 
 

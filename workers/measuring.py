@@ -64,7 +64,7 @@ def model_sampler(
         with _berth(cluster, role="evaluator", pool=pool, log_dir=log_dir) as berth:
             fleet = RayRolloutFleet(
                 model_path=path,
-                config=replace(rollout, weight_sync=WeightSync.object_store),
+                config=replace(rollout, weight_sync=WeightSync.nccl),  # never joined; vLLM's own, its processes know it
                 objective=ObjectiveConfig(kind=ObjectiveKind.sampled),
                 max_model_tokens=max_model_tokens,
                 berth=berth,

@@ -19,12 +19,15 @@ class EvaluateConfig:
     temperature: float = key(1.0, words="of the samples; the likeliest response is always taken as well")
     top_p: float = key(1.0, words="of the samples")
     max_prompt_tokens: int = key(4096, words="longer prompts are refused")
-    max_response_tokens: int = key(1024, words="length of a response at the most")
+    max_response_tokens: int | None = key(
+        None, words="length of a response at the most; else 1024, or the model's room"
+    )
     seed: int = key(0, words="of the prompts that are made, and of the samples")
     dtype: Dtype = key(Dtype.bfloat16, words="of the weights: bfloat16 or float32")
     num_workers: int = key(1, words="engines side by side, each with the whole model")
     cpus_per_worker: float = key(1.0, words="of each engine")
-    gpus_per_worker: float = key(0.0, words="of each engine; several: engine_args.tensor_parallel_size as well")
+    gpus_per_worker: float = key(0.0, words="of each engine; 0: it runs on CPUs")
+    tensor_parallel_size: int = key(1, words="processes that each engine is cut over, with as many gpus_per_worker")
     threads_per_worker: int = key(0, words="CPU threads of each engine; 0: torch's own choice")
     engine_args: dict[str, Any] = key({}, words="passed to vLLM, engine_args.X=...")
     address: str | None = key(None, words="Ray cluster, host:port; else RAY_ADDRESS, else one of this process")
@@ -33,8 +36,11 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_samples", "max_prompt_tokens", "max_response_tokens", "num_workers"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected an integer of at least 1")
+        size, gpus = self.tensor_parallel_size, self.gpus_per_worker
+        if size < 1 or (gpus and gpus < size and size > 1):
+            raise ValueError(f"tensor_parallel_size={size}: expected 1 to gpus_per_worker={gpus:g}, a GPU a process")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a number above 0, greedy is measured anyway")
         if not 0 < self.top_p <= 1:

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, and which folder the model is."""
+"""What an evaluation asks of a model, how much it may answer, and which folder the model is."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from opd_ray.schedule import derive_seed
 
 _SEED_STREAM = 5
 _REASONING = "reasoning_gym"
+_MAX_RESPONSE_TOKENS = 1024  # unless the model has room for fewer, or the configuration says
+_OF_CHECKPOINTS = ("state.json", "zero_to_fp32.py", "*_states.pt", "step-*/state.json")
 
 
 def model_folder(model: str) -> str:
@@ -24,7 +26,7 @@ def model_folder(model: str) -> str:
     Raises ValueError for a run without an export, for a DeepSpeed checkpoint, and for a path that is not there.
     """
     folder = Path(model)
-    if (folder / "state.json").exists() or (folder / "zero_to_fp32.py").exists():
+    if any(next(folder.glob(pattern), None) for pattern in _OF_CHECKPOINTS):
         raise ValueError(
             f"model={model}: a checkpoint of the learner's shards, which only a run reads; expected the run's export/"
             " (resume=auto num_steps=<the checkpoint's step> writes it)"
@@ -55,7 +57,7 @@ def evaluation_prompts(config: EvaluateConfig, *, tokenizer: Any) -> list[Prompt
                 f"{record.where}: the prompt has {len(ids)} tokens, expected 1 to"
                 f" max_prompt_tokens={config.max_prompt_tokens}"
             )
-        if record.answer is None:
+        if record.answer is None and record.reference is None:
             raise ValueError(f"{record.where}: has no `answer` to mark responses by; expected one in every record")
         verifier = _REASONING if record.reference else record.task or config.task or "exact"
         check_answer(verifier, record)
@@ -69,6 +71,23 @@ def evaluation_prompts(config: EvaluateConfig, *, tokenizer: Any) -> list[Prompt
             )
         )
     return prompts
+
+
+def response_tokens(config: EvaluateConfig, *, prompt_tokens: int, positions: int | None) -> int:
+    """Return the length of a response at the most behind prompts of up to prompt_tokens; positions: of the model.
+
+    Raises ValueError when the model has no room for what is asked for.
+    """
+    asked = config.max_response_tokens
+    if positions is None:
+        return asked or _MAX_RESPONSE_TOKENS
+    room = positions - prompt_tokens
+    if room < (asked or 1):
+        raise ValueError(
+            f"max_response_tokens={asked or 1} behind prompts of up to {prompt_tokens} tokens: model={config.model} has"
+            f" {positions} positions; expected at most {max(room, 0)}, or shorter prompts"
+        )
+    return asked or min(_MAX_RESPONSE_TOKENS, room)
 
 
 def _records(config: EvaluateConfig) -> list[Record]:

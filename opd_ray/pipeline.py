@@ -65,10 +65,13 @@ class Timeline:
     lag: int  # steps until all work in a window is known: max_staleness
     _spans: list[Span] = field(default_factory=list)
     _open: deque[tuple[int, float, float]] = field(default_factory=deque)
+    _pools: set[str] = field(default_factory=set)  # that have shown any work so far
 
     def add(self, step: int, *, start: float, end: float, spans: Iterable[Span]) -> Window | None:
         """Take what a step has shown; return the window that is complete now, if one is."""
-        self._spans += spans
+        new = list(spans)
+        self._spans += new
+        self._pools |= {span.pool for span in new}
         self._open.append((step, start, end))
         if len(self._open) <= self.lag:
             return None
@@ -78,12 +81,12 @@ class Timeline:
         return Window(step=step, start=start, end=end, spans=_by_lane(inside, start=start, end=end))
 
     def metrics(self, window: Window) -> dict[str, float]:
-        """Return the utilisation of each pool that did anything in a window, and the seconds of its mean worker."""
+        """Return each pool's utilisation, and its mean worker's seconds; a pool that never told of any work has none."""
         length = window.end - window.start
         found = {}
         for pool, phase in _RUNNERS_UP.items():
             spans = [span for span in window.spans if span.pool == pool]
-            if spans and length > 0:
+            if pool in self._pools and length > 0:
                 total = sum(
                     busy_s((s for s in spans if s.lane == lane), start=window.start, end=window.end)
                     for lane in {span.lane for span in spans}

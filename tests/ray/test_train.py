@@ -207,7 +207,9 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
     assert all(m["rollout/logprob_gap_max"] < 1e-4 for m in steps if "rollout/logprob_gap_max" in m)
     assert all("rollout/accuracy" in m for m in steps)
     pools = ("rollout", "teacher", "learner")
-    assert all(0 < m[f"perf/{pool}_utilisation"] <= 1 for m in steps[1:] for pool in pools)  # of the step before
+    used = {pool: [m[f"perf/{pool}_utilisation"] for m in steps[1:]] for pool in pools}  # of the step before
+    assert all(0 <= min(values) <= max(values) <= 1 for values in used.values())
+    assert all(sum(values) > 0 for values in used.values())  # two workers may be done early: idle in one of the steps
     assert not any(f"perf/{pool}_utilisation" in steps[0] for pool in pools)
     windows = read_windows(tmp_path / "runs" / "test", last=9)
     assert [window.step for window in windows] == [1, 2, 3]

@@ -76,6 +76,18 @@ def test_a_pool_that_shows_no_work_is_left_out():
     assert timeline.metrics(window) == {"perf/learner_utilisation": 1}
 
 
+def test_a_pool_that_has_worked_before_was_idle_in_a_window_without_work():
+    timeline = Timeline(num_workers={"rollout": 1, "teacher": 2}, lag=0)
+    timeline.add(1, start=0, end=1, spans=[span("teacher-1", 0, 1, "score")])
+    window = timeline.add(2, start=1, end=2, spans=[span("learner", 1, 2, "learn")])
+    assert window is not None
+    assert timeline.metrics(window) == {
+        "perf/teacher_utilisation": 0,
+        "time/score_s": 0,
+        "perf/learner_utilisation": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [

@@ -81,7 +81,7 @@ class Timeline:
         return Window(step=step, start=start, end=end, spans=_by_lane(inside, start=start, end=end))
 
     def metrics(self, window: Window) -> dict[str, float]:
-        """Return each pool's utilisation, and its mean worker's seconds; a pool that never told of any work has none."""
+        """Return each pool's utilisation, and its mean worker's seconds; of a pool that never told of work, neither."""
         length = window.end - window.start
         found = {}
         for pool, phase in _RUNNERS_UP.items():

@@ -15,12 +15,11 @@ from sleepers import SleepingLearner, SleepingRollout, SleepingTeacher
 from transformers import Qwen3Config
 
 from opd_ray.assembly import build_loop
+from opd_ray.config.data import DataConfig, DataKind
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import (
     BatchConfig,
     Config,
-    DataConfig,
-    DataKind,
     LearnerConfig,
     RolloutConfig,
     StudentConfig,

@@ -225,5 +225,6 @@ def _assert_serves(stack: Stack, workers: Sequence[Any]) -> None:
 
 def _assert_sampled_with(truth: torch.nn.Module, group: TrajectoryGroup, *, version: int) -> None:
     expected = sampled(reference_logprobs(truth, group), group).detach().numpy()
-    assert np.abs(group.sampled_logprobs - expected).max() < _MAX_GAP
+    gap = float(np.abs(group.sampled_logprobs - expected).max())
+    assert gap < _MAX_GAP, gap
     assert (group.token_versions == version).all()

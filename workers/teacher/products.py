@@ -64,6 +64,6 @@ class OutputMatrix:
         num_ids, size = ids_NK.shape[1], self._head_WD.shape[1]
         logits = [states_ND.new_empty(0, num_ids)]
         for rows in chunks(len(ids_NK), chunk_tokens=max(1, _GATHERED_NUMBERS // max(1, num_ids * size))):
-            head_NKD = self._head_WD.index_select(0, ids_NK[rows].flatten()).view(-1, num_ids, size)
+            head_NKD = self._head_WD.index_select(0, ids_NK[rows].flatten()).view(*ids_NK[rows].shape, size)
             logits.append(torch.bmm(head_NKD.float(), states_ND[rows, :, None]).squeeze(-1))
         return torch.cat(logits)

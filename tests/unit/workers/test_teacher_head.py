@@ -9,6 +9,7 @@ import torch
 from opd_ray.objectives.equivalence import Equivalence
 from opd_ray.protocol import Payload, ScoreRequest
 from workers.teacher.head import TeacherHead
+from workers.teacher.products import OutputMatrix
 
 NUM_ROWS, HIDDEN_SIZE = 40, 8
 CLASSES = ((7, 3, 30), (12, 39))
@@ -382,3 +383,13 @@ def test_the_scores_of_a_group_outlive_the_next_call():
     before = first.clone()
     sampled_of(head, -hidden_ND, ids_N)
     assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 5])
+def test_rows_gathered_as_on_a_gpu_give_the_logits_that_a_cpu_samples(num_ids: int):
+    hidden_ND, head_VD, _ = make_case(7)
+    matrix = OutputMatrix(head_VD, temperature=0.7)
+    ids_NK = make_student_ids(7)[:, :num_ids].clamp(min=0)
+    gathered_NK = matrix._gathered(hidden_ND / 0.7, ids_NK)
+    assert gathered_NK.shape == (7, num_ids)
+    torch.testing.assert_close(gathered_NK, matrix.logits_at(hidden_ND, ids_NK))

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from ray.exceptions import RayError
 
+from opd_ray.checkpoints import DiskCheckpoints
 from opd_ray.config.schema import Config
 from opd_ray.controller import Fleets, Loop
 from opd_ray.data.batches import ShuffledPrompts, TaskPrompts
@@ -17,7 +18,6 @@ from opd_ray.routing import recorded_scores, task_config
 from opd_ray.schedule import Schedule, derive_seed
 from opd_ray.screen import TeacherScreen
 from opd_ray.services import PromptSource, Quarantine, Tracker
-from opd_ray.state import DiskCheckpoints
 from opd_ray.window import GroupWindow
 
 _HELD_OUT_SEED_STREAM = 3

@@ -23,6 +23,7 @@ _NUM_TRIES, _FIRST_PAUSE_S = 3, 1.0
 _INIT_S = 30.0  # how long W&B itself tries to open a run
 _MAX_WAITING = 1000  # calls that a slow service has not taken yet
 _OPEN_S, _FINISH_S = 15.0, 60.0  # how long a run waits for a service, at its start and at its end
+_WANDB_ID = "wandb_id.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +61,7 @@ class WandbSink:
         import wandb  # slow, and not wanted with other kinds
 
         os.environ.setdefault("WANDB_SILENT", "true")
-        id_file = run_dir.path / "wandb_id.txt"
-        run_id = (
-            id_file.read_text().strip() if id_file.exists() else os.environ.get("WANDB_RUN_ID", uuid.uuid4().hex[:8])
-        )
+        run_id = wandb_run_id(run_dir) or os.environ.get("WANDB_RUN_ID", uuid.uuid4().hex[:8])
         self._wandb: Any = wandb
         self._name = config.name
         self._rows: deque[SampleRow] = deque(maxlen=_MAX_TABLE_ROWS)
@@ -79,7 +77,7 @@ class WandbSink:
             mode=_wandb_mode(),
             settings=wandb.Settings(init_timeout=_INIT_S),
         )
-        id_file.write_text(run_id + "\n")
+        (run_dir.path / _WANDB_ID).write_text(run_id + "\n")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self.where = self._run.url or str(Path(self._run.dir).parent)
@@ -229,6 +227,12 @@ def open_sinks(config: Config, run_dir: RunDir, *, step: int, warn: Callable[[st
     names = {TrackingKind.wandb: "W&B", TrackingKind.tensorboard: "TensorBoard"}
     kind = config.tracking.kind
     return [GuardedSink(sinks[kind], name=names[kind], warn=warn)] if kind in sinks else []
+
+
+def wandb_run_id(run_dir: RunDir) -> str:
+    """Return the W&B run that a run dir continues; "" where there is none."""
+    path = run_dir.path / _WANDB_ID
+    return path.read_text().strip() if path.exists() else ""
 
 
 def _wandb_mode() -> Any:

@@ -1,15 +1,10 @@
-"""Owns what a run leaves on disk: the claim on its run dir, and its checkpoints, whole or not at all."""
+"""Owns a run's place on disk: what lies where, and the claim on it."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from opd_ray.config.schema import Config, ResumePolicy
-from opd_ray.protocol import Lasting, Learner
-
-_STATE_FILE = "state.json"  # written last inside a checkpoint: without it the folder is no checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,55 +59,11 @@ def check_free(run_dir: RunDir, policy: ResumePolicy) -> None:
         )
 
 
-def claim(run_dir: RunDir, policy: ResumePolicy) -> int:
-    """Make the run dir ready and return the step to start from: 0, or that of the newest checkpoint to resume."""
+def claim(run_dir: RunDir, policy: ResumePolicy) -> None:
+    """Make the run dir ready: there, and empty for resume=overwrite."""
     if policy is ResumePolicy.overwrite and run_dir.holds_run():
         shutil.rmtree(run_dir.path)
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{run_dir.path} cannot be made ({error.strerror}): choose another runs_dir=...") from None
-    return max(_steps(run_dir.checkpoints), default=0) if policy is ResumePolicy.auto else 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskCheckpoints:
-    """`Checkpoints` in the run dir: written beside their place, then renamed into it."""
-
-    folder: Path
-    saved: Callable[[int, Path], None] = lambda *_: None  # told of every checkpoint
-
-    def save(self, step: int, *parts: Lasting) -> None:
-        """Write the state after update `step`."""
-        final = self.folder / _name(step)
-        partial = self.folder / f".{_name(step)}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for part in parts:
-            part.save(str(partial))
-        (partial / _STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        self.saved(step, final)
-
-    def save_last(self, learner: Learner, *others: Lasting) -> str:
-        """Write the state after the learner's last update, unless it is there; return what a person is told of it."""
-        step = learner.version
-        if step == 0:
-            return "no update was finished, resume=auto starts again"
-        if step not in _steps(self.folder):
-            self.save(step, learner, *others)
-        return f"the checkpoint {self.folder / _name(step)} is written, resume=auto goes on from update {step}"
-
-    def restore(self, step: int, *parts: Lasting) -> None:
-        """Load the state after update `step` into the parts; step 0 is the models as they were loaded."""
-        for part in parts if step > 0 else ():
-            part.restore(str(self.folder / _name(step)))
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def _steps(folder: Path) -> list[int]:
-    return [json.loads(file.read_text())["step"] for file in folder.glob(f"step-*/{_STATE_FILE}")]

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 import workers
 from opd_ray.assembly import build_loop, held_out, run_saved
 from opd_ray.banner import closing_words, describe_run, result_rows
+from opd_ray.baselines import measure_engines, measure_teacher
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
@@ -24,22 +25,21 @@ from opd_ray.config.validate import validate_vocabulary
 from opd_ray.console import RunConsole, StepLine
 from opd_ray.controller import Fleets
 from opd_ray.data.models import inspect_models
-from opd_ray.data.teacher_context import with_room
 from opd_ray.data.tiny_models import build_tiny_model, is_built
-from opd_ray.engine_checks import EngineTest, teacher_gaps
-from opd_ray.evaluation import HeldOut, greedy_summaries
 from opd_ray.jobs import lost_with_the_job, tell_result
 from opd_ray.launcher import register_launcher
-from opd_ray.metrics import mean_reward, summarise
+from opd_ray.lease import lease
+from opd_ray.metrics import summarise
 from opd_ray.pipeline_log import PipelineLog
 from opd_ray.plan import Plan, plan_run
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
-from opd_ray.protocol import CannotGoOn, GroupSummary, Metrics
+from opd_ray.protocol import CannotGoOn, Metrics
 from opd_ray.quarantine import DiskQuarantine
 from opd_ray.replay import prepare_recording
+from opd_ray.resuming import open_checkpoints
 from opd_ray.routing import teacher_key, teachers_of
-from opd_ray.sinks import Sink, open_sinks
-from opd_ray.state import DiskCheckpoints, RunDir, check_free, claim
+from opd_ray.sinks import Sink, open_sinks, wandb_run_id
+from opd_ray.state import RunDir, check_free, claim
 from opd_ray.stopping import Stopped, StopSignal
 from opd_ray.sweep import Outcome, as_trial, record_trial, sweep_value, trial_number, trial_of
 from opd_ray.tracking import RunTracker, record_event
@@ -61,24 +61,31 @@ def train(config: Config, console: RunConsole) -> Metrics:
     start = time.perf_counter()
     run_dir = RunDir.of(config)
     check_free(run_dir, config.resume)
+    with lease(run_dir):
+        return _train(config, console, run_dir=run_dir, start=start)
+
+
+def _train(config: Config, console: RunConsole, *, run_dir: RunDir, start: float) -> Metrics:
     plan = _plan(config, console)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=plan.models.vocab_size, local=local)]
     )
     with workers.connected(config, console.say), StopSignal().listening() as stop, ExitStack() as stack:
-        step = claim(run_dir, config.resume)
+        claim(run_dir, config.resume)
+        step, checkpoints = open_checkpoints(config, plan, run_dir=run_dir, warn=_warner(run_dir, console))
         sinks = _announce(config, plan, run_dir=run_dir, step=step, warnings=warnings, console=console)
         of_run = held_out(config, plan.prompts)
-        measured = _measure_teacher(config, held_out=of_run, console=console)
-        gaps = _measure_engines(config, held_out=of_run, vocab_size=plan.models.vocab_size, console=console)
+        measured = measure_teacher(config, held_out=of_run, console=console)
+        gaps = measure_engines(config, held_out=of_run, vocab_size=plan.models.vocab_size, console=console)
         with console.phase("start workers"):
             fleets = stack.enter_context(_open_fleets(config, plan))
-            DiskCheckpoints(folder=run_dir.checkpoints).restore(step, fleets.learner, fleets.teacher)
+            checkpoints.restore(step, fleets.learner, fleets.teacher)
         training = stack.enter_context(_training_fleets(config, fleets, console=console))
         with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
             tracker = _open_tracker(config, run_dir, step=step, sinks=sinks, line=line, gaps=gaps)
-            checkpoints = DiskCheckpoints(folder=run_dir.checkpoints, saved=_kept(config, tracker))
+            checkpoints.saved = _kept(config, tracker)
+            checkpoints.facts = {**checkpoints.facts, "wandb_run_id": wandb_run_id(run_dir)}
             loop = build_loop(
                 config,
                 fleets=fleets,
@@ -112,16 +119,23 @@ def _announce(
     if plan.prompts.num_dropped:
         record_event(run_dir, kind="prompts_dropped", message=f"{plan.prompts.num_dropped} empty or too long")
 
-    def warn(words: str, *, kind: str = "tracking_failed") -> None:
-        record_event(run_dir, kind=kind, message=words)
-        console.say(f"warning: {words}")
-
+    warn = _warner(run_dir, console)
     for warning in [*warnings, *lost_with_the_job(config)]:
         warn(warning, kind="preflight_warning")
     sinks = open_sinks(config, run_dir, step=step, warn=warn)
     words = describe_run(config, models=plan.models, prompts=plan.prompts, run_dir=run_dir, step=step)
     console.say("\n".join([*words, *(f"tracking   {config.tracking.kind.value}, {sink.where}" for sink in sinks)]))
     return sinks
+
+
+def _warner(run_dir: RunDir, console: RunConsole) -> Callable[..., None]:
+    """Return what tells a person, and events.jsonl, of something that the run goes on after."""
+
+    def warn(words: str, kind: str = "tracking_failed") -> None:
+        record_event(run_dir, kind=kind, message=words)
+        console.say(f"warning: {words}")
+
+    return warn
 
 
 def _kept(config: Config, tracker: RunTracker) -> Callable[[int, Path], None]:
@@ -243,21 +257,6 @@ def _build_missing_models(config: Config, console: RunConsole) -> None:
             build_tiny_model(path, spec=model.build, on_step=lambda step, _, loss: line.show_loss(step, loss))
 
 
-def _measure_teacher(config: Config, *, held_out: HeldOut, console: RunConsole) -> Metrics:
-    teachers, summaries = teachers_of(config), list[GroupSummary]()
-    for name, teacher in teachers.by_name.items():
-        mine = held_out.of_task({p.task for p in held_out.prompts if teachers.name_of(p.task) == name})
-        if teacher.evaluate and mine.prompts:
-            with (
-                console.phase(f"evaluate {teacher_key(name).removesuffix('.path')}"),
-                workers.teacher_sampler(
-                    with_room(config, [p.teacher_ids_P for p in mine.prompts]), teacher, log_dir=RunDir.of(config).logs
-                ) as sampler,
-            ):
-                summaries += greedy_summaries(mine.as_teacher_reads(), sampler)
-    return mean_reward("teacher_accuracy", summaries)
-
-
 def _training_fleets(config: Config, fleets: Fleets, *, console: RunConsole) -> AbstractContextManager[Fleets]:
     """Return what the loop trains with; when scores can be recorded no longer, that is told and the run goes on."""
     run_dir = RunDir.of(config)
@@ -268,20 +267,6 @@ def _training_fleets(config: Config, fleets: Fleets, *, console: RunConsole) -> 
         console.say(f"warning: recording ended: {message}")
 
     return workers.training_fleets(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
-
-
-def _measure_engines(config: Config, *, held_out: HeldOut, vocab_size: int, console: RunConsole) -> Metrics:
-    """Compare teachers with their checkpoints where reference_tokens asks for it."""
-    if not any(teacher.reference_tokens for teacher in teachers_of(config).by_name.values()):
-        return {}
-    test = EngineTest(
-        config=config,
-        vocab_size=vocab_size,
-        temperature=config.rollout.temperature,
-        log_dir=RunDir.of(config).logs,
-    )
-    with console.phase("compare teachers with their checkpoints"):
-        return teacher_gaps(test, prompts=held_out.prompts)
 
 
 if __name__ == "__main__":

@@ -235,6 +235,8 @@ class Config:
     max_staleness: int = 0
     eval_every: int = 0  # 0: only before and after
     save_every: int = 0  # 0: no checkpoints, only the final export
+    save_total_limit: int = 3  # the newest so many checkpoints are kept; 0: all
+    max_failed_saves: int = 3  # checkpoints in a row that cannot be written before the run ends
     resume: ResumePolicy = ResumePolicy.never
     runs_dir: str = "runs"
     record_scores: bool = False  # write all groups to train on and their scores to the run dir, for teacher=cache
@@ -253,7 +255,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, "num_steps", self.num_steps, "an integer of at least 1")
-        for name in ("max_staleness", "eval_every", "save_every"):
+        for name in ("max_staleness", "eval_every", "save_every", "save_total_limit", "max_failed_saves"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
         allowed = bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name) and self.name[0] != "."
         _require(allowed, "name", repr(self.name), "letters, digits, '.', '_' and '-', not starting with '.'")

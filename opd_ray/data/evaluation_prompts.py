@@ -17,7 +17,7 @@ from opd_ray.schedule import derive_seed
 _SEED_STREAM = 5
 _REASONING = "reasoning_gym"
 _MAX_RESPONSE_TOKENS = 1024  # unless the model has room for fewer, or the configuration says
-_OF_CHECKPOINTS = ("state.json", "zero_to_fp32.py", "*_states.pt", "step-*/state.json")
+_OF_CHECKPOINTS = ("MANIFEST.json", "zero_to_fp32.py", "*_states.pt", "step-*/MANIFEST.json")
 
 
 def model_folder(model: str) -> str:

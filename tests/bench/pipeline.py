@@ -15,6 +15,7 @@ from sleepers import SleepingLearner, SleepingRollout, SleepingTeacher
 from transformers import Qwen3Config
 
 from opd_ray.assembly import build_loop
+from opd_ray.checkpoints import DiskCheckpoints
 from opd_ray.config.data import DataConfig, DataKind
 from opd_ray.config.objective import ObjectiveConfig, ObjectiveKind
 from opd_ray.config.schema import (
@@ -33,7 +34,7 @@ from opd_ray.protocol import Metrics, Prompt
 from opd_ray.quarantine import DiskQuarantine
 from opd_ray.requests import ObjectiveIds
 from opd_ray.routing import DEFAULT_TEACHER
-from opd_ray.state import DiskCheckpoints, RunDir
+from opd_ray.state import RunDir
 from opd_ray.tracking import RunTracker
 from workers import WorkerClasses, connected, open_fleets
 

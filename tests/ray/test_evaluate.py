@@ -94,7 +94,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(tmp_path: Path, mo
     folder = model_folder(seed=1)
     checkpoint = tmp_path / "step-000002"
     checkpoint.mkdir()
-    (checkpoint / "state.json").write_text('{"step": 2}')
+    (checkpoint / "MANIFEST.json").write_text('{"step": 2}')
     no_answers = tmp_path / "no_answers.jsonl"
     no_answers.write_text('{"prompt": "1+2="}\n')
     cases = {

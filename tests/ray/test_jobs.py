@@ -90,7 +90,7 @@ def test_a_stopped_job_saves_itself_and_the_same_command_goes_on_from_there(
     assert head.run("ray", "job", "stop", "test").returncode == 0
     assert first.wait(timeout=60) == 1
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    step = json.loads((checkpoint / "MANIFEST.json").read_text())["step"]
     assert f"error: stopped by SIGTERM; the checkpoint {checkpoint} is written" in log.read_text()
     assert read_lines(run_dir / "metrics.jsonl")[-1]["step"] == step
 

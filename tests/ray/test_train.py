@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(overrides: Overrides, tmp_pat
     more = ["data=jsonl", f"data.path={data}", "data.task=null", "objective=support", "objective.top_k=4"]
     run_train(overrides(*more, "save_every=2"))
     first = read_lines(run_dir / "metrics.jsonl")
-    assert (run_dir / "checkpoints" / "step-000002" / "state.json").exists()
+    assert (run_dir / "checkpoints" / "step-000002" / "MANIFEST.json").exists()
 
     run_train(overrides(*more, "save_every=2", "num_steps=3", "resume=auto"))
     steps = read_lines(run_dir / "metrics.jsonl")

@@ -11,10 +11,10 @@ import pytest
 from fakes import FakeEvaluator, FakeLearner, FakeScreen, FakeTracker, fake_fleets, fake_window
 
 from opd_ray.assembly import run_saved
+from opd_ray.checkpoints import DiskCheckpoints
 from opd_ray.controller import Loop
 from opd_ray.protocol import Batch, Metrics
 from opd_ray.schedule import Schedule
-from opd_ray.state import DiskCheckpoints
 from opd_ray.stopping import Stopped, StopSignal
 
 
@@ -151,4 +151,4 @@ def test_an_update_that_has_begun_is_finished_published_logged_and_saved(tmp_pat
         listen(script)
     assert str(caught.value).startswith("stopped by SIGTERM; the checkpoint")
     assert str(caught.value).endswith("is written, resume=auto goes on from update 2")
-    assert (tmp_path / "step-000002" / "state.json").exists()
+    assert (tmp_path / "step-000002" / "MANIFEST.json").exists()

@@ -17,10 +17,10 @@ from fakes import (
 )
 
 from opd_ray.assembly import run_saved
+from opd_ray.checkpoints import DiskCheckpoints
 from opd_ray.controller import Loop
 from opd_ray.protocol import Batch, CannotGoOn, Metrics
 from opd_ray.schedule import Schedule
-from opd_ray.state import DiskCheckpoints
 
 
 class FullDisk(FakeLearner):
@@ -62,7 +62,7 @@ def test_the_last_update_is_saved_and_named_after_the_cause(tmp_path: Path):
     words = stop(tmp_path, FakeLearner([], version=3), error=CannotGoOn("the teacher is gone"))
     assert words.startswith("the teacher is gone; ")
     assert words.endswith("resume=auto goes on from update 3")
-    assert (tmp_path / "step-000003" / "state.json").exists()
+    assert (tmp_path / "step-000003" / "MANIFEST.json").exists()
 
 
 def test_the_cause_is_told_even_when_nothing_can_be_saved(tmp_path: Path):

@@ -26,6 +26,7 @@ from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
+from workers.learner.saving import TAG, save_engine
 from workers.learner.task_gradients import TaskGradients
 from workers.output_head import load_head
 from workers.sync.backend import Publication
@@ -194,12 +195,12 @@ class LearnerWorker:
         return self._publisher.store(version)
 
     def save(self, folder: str) -> None:
-        """Write this rank's part of a DeepSpeed checkpoint; weights under adapters are left out, they never change."""
-        self._engine.save_checkpoint(folder, tag="deepspeed", exclude_frozen_parameters=self._lora is not None)
+        """Write this rank's part of a checkpoint; weights under adapters never change and are left out."""
+        save_engine(self._engine, folder, exclude_frozen=self._lora is not None)
 
     def restore(self, folder: str) -> None:
         """Load this rank's part of a DeepSpeed checkpoint."""
-        loaded, _ = self._engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=self._lora is None)
+        loaded, _ = self._engine.load_checkpoint(folder, tag=TAG, load_module_strict=self._lora is None)
         if loaded is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
 

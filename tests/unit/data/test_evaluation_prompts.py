@@ -28,9 +28,9 @@ def config(*given: str) -> EvaluateConfig:
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("step-000002/state.json", "a checkpoint of the learner's shards"),
+        ("step-000002/MANIFEST.json", "a checkpoint of the learner's shards"),
         ("deepspeed/mp_rank_00_model_states.pt", "a checkpoint of the learner's shards"),
-        ("checkpoints/step-000002/state.json", "a checkpoint of the learner's shards"),
+        ("checkpoints/step-000002/MANIFEST.json", "a checkpoint of the learner's shards"),
         ("run/metrics.jsonl", "the run has no export/ yet"),
     ],
 )

@@ -1,0 +1,125 @@
+"""Owns a run's checkpoints: written beside their place, sealed by a manifest, renamed into it; checked when read."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_ray.manifest import damage, seal, sync_folder
+from opd_ray.protocol import CannotGoOn, Lasting, Learner
+
+_PREFIX = "step-"
+_ASIDE = "damaged-"
+
+
+@dataclass(slots=True, kw_only=True)
+class DiskCheckpoints:
+    """`Checkpoints` in the run dir. A folder `step-N` in it is whole, or has been damaged since."""
+
+    folder: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the run, for every manifest
+    keep: int = 0  # the newest so many stay; 0: all
+    max_failed_saves: int = 0  # in a row that a run goes on after
+    saved: Callable[[int, Path], None] = lambda *_: None  # told of every checkpoint
+    warn: Callable[[str, str], None] = lambda *_: None  # told of what befell one: words, and the kind of event
+    _num_failed: int = 0
+
+    def save(self, step: int, *parts: Lasting) -> None:
+        """Write the state after update `step`, or go on without. Raises CannotGoOn when too many failed in a row."""
+        try:
+            self.write(step, *parts)
+        except OSError as fault:
+            self._num_failed += 1
+            words = f"the checkpoint of update {step} could not be written: {_words(fault)}"
+            if self._num_failed > self.max_failed_saves:
+                raise CannotGoOn(f"{words}; max_failed_saves={self.max_failed_saves} in a row are allowed") from None
+            newest = max(_steps(self.folder), default=0)
+            self.warn(f"{words}; the newest that there is: {newest or 'none'}", "checkpoint_failed")
+        else:
+            self._num_failed = 0
+
+    def write(self, step: int, *parts: Lasting) -> None:
+        """Write the state after update `step`, then remove the oldest. Raises OSError and leaves what was there."""
+        final, partial = self.path(step), self.folder / f".{_name(step)}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            for part in parts:
+                part.save(str(partial))
+            seal(partial, {"step": step, **self.facts})
+            self._put(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in sorted(_steps(self.folder))[: -self.keep or None] if self.keep else ():
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        self.saved(step, final)
+
+    def save_last(self, learner: Learner, *others: Lasting) -> str:
+        """Write the state after the learner's last update, unless it is there; return what a person is told of it."""
+        step = learner.version
+        if step == 0:
+            return "no update was finished, resume=auto starts again"
+        if step not in _steps(self.folder):
+            self.write(step, learner, *others)
+        return f"the checkpoint {self.path(step)} is written, resume=auto goes on from update {step}"
+
+    def newest(self) -> int:
+        """Return the step of the newest whole checkpoint, 0 where none was ever written.
+
+        Damaged ones that are newer are set aside. Raises ValueError when there are only damaged ones.
+        """
+        for step in sorted(_steps(self.folder), reverse=True):
+            path = self.path(step)
+            fault = damage(path)
+            if not fault:
+                return step
+            aside = self._set_aside(path)
+            self.warn(f"{path}: {fault}; set aside as {aside.name}", "checkpoint_damaged")
+        damaged = sorted(path.name for path in self.folder.glob(f"{_ASIDE}*"))
+        if damaged:
+            raise ValueError(
+                f"{self.folder} holds damaged checkpoints only ({', '.join(damaged)}): put a whole one back, or"
+                " resume=overwrite starts again"
+            )
+        return 0
+
+    def restore(self, step: int, *parts: Lasting) -> None:
+        """Load the state after update `step` into the parts; step 0 is the models as they were loaded."""
+        for part in parts if step > 0 else ():
+            part.restore(str(self.path(step)))
+
+    def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.folder / _name(step)
+
+    def _put(self, partial: Path, final: Path) -> None:
+        replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _set_aside(self, path: Path) -> Path:
+        names = (f"{_ASIDE}{path.name}{suffix}" for suffix in ("", *(f".{i}" for i in range(1, 1000))))
+        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        path.rename(aside)
+        return aside
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:06d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    names = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _words(fault: OSError) -> str:
+    """Return the fault in a line: what a worker raised arrives with its traceback."""
+    cause = getattr(fault, "cause", fault)
+    return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__

@@ -25,6 +25,7 @@ from opd_ray.protocol import (
 from opd_ray.requests import ObjectiveIds
 from workers.fleet import Berth
 from workers.learner.fleet import RayLearner
+from workers.learner.worker import LearnerWorker
 from workers.opening import learner_arguments
 from workers.placement import pools
 from workers.reservation import reserve
@@ -93,7 +94,7 @@ def summary_of(group: TrajectoryGroup) -> GroupSummary:
     )
 
 
-def open_learner(config: Config, log_dir: Path) -> RayLearner:
+def open_learner(config: Config, log_dir: Path, worker_class: type = LearnerWorker) -> RayLearner:
     """Start the ranks on the cluster."""
     pool = pools(config)["learner"]
     berth = Berth(
@@ -104,7 +105,9 @@ def open_learner(config: Config, log_dir: Path) -> RayLearner:
         num_threads=1,
         local=True,
     )
-    learner = RayLearner(config=config.learner, berth=berth, arguments=learner_arguments_of(config))
+    learner = RayLearner(
+        config=config.learner, berth=berth, arguments=learner_arguments_of(config), worker_class=worker_class
+    )
     learner.wait_ready()
     return learner
 

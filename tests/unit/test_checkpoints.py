@@ -231,9 +231,10 @@ def in_a_child_killed_at(n: int, act: Callable[[], None]) -> int:
                 return act_on(*args, **kwargs)
 
             setattr(owner, name, killed)
+        status = 1
         try:
             act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
+            status = 0
+        finally:
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

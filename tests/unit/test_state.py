@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from opd_ray.config.schema import ResumePolicy
 from opd_ray.state import RunDir, check_free, claim
 

@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,30 +14,28 @@ from ray.exceptions import RayError
 from transformers.utils.logging import disable_progress_bar
 
 import workers
-from opd_ray.assembly import build_loop, held_out, run_saved
+from opd_ray.assembly import held_out
+from opd_ray.attempt import Run, attempt
 from opd_ray.banner import closing_words, describe_run, result_rows
 from opd_ray.baselines import measure_engines, measure_teacher
 from opd_ray.config.cli import check_overrides
 from opd_ray.config.load import load, register_schema
 from opd_ray.config.schema import Config, StudentConfig, TeacherConfig
 from opd_ray.config.validate import validate_vocabulary
-from opd_ray.console import RunConsole, StepLine
-from opd_ray.controller import Fleets
+from opd_ray.console import RunConsole
 from opd_ray.data.models import inspect_models
 from opd_ray.data.tiny_models import build_tiny_model, is_built
 from opd_ray.jobs import lost_with_the_job, tell_result
 from opd_ray.launcher import register_launcher
 from opd_ray.lease import lease
 from opd_ray.metrics import summarise
-from opd_ray.pipeline_log import PipelineLog
 from opd_ray.plan import Plan, plan_run
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, Metrics
-from opd_ray.quarantine import DiskQuarantine
-from opd_ray.replay import prepare_recording
+from opd_ray.recovery import Restarts
 from opd_ray.resuming import open_checkpoints
 from opd_ray.routing import teacher_key, teachers_of
-from opd_ray.sinks import Sink, open_sinks, wandb_run_id
+from opd_ray.sinks import Sink, open_sinks
 from opd_ray.state import RunDir, check_free, claim
 from opd_ray.stopping import Stopped, StopSignal
 from opd_ray.sweep import Outcome, as_trial, record_trial, sweep_value, trial_number, trial_of
@@ -71,35 +68,23 @@ def _train(config: Config, console: RunConsole, *, run_dir: RunDir, start: float
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=plan.models.vocab_size, local=local)]
     )
-    with workers.connected(config, console.say), StopSignal().listening() as stop, ExitStack() as stack:
+    with workers.connected(config, console.say), StopSignal().listening() as stop:
         claim(run_dir, config.resume)
         step, checkpoints = open_checkpoints(config, plan, run_dir=run_dir, warn=_warner(run_dir, console))
         sinks = _announce(config, plan, run_dir=run_dir, step=step, warnings=warnings, console=console)
         of_run = held_out(config, plan.prompts)
         measured = measure_teacher(config, held_out=of_run, console=console)
         gaps = measure_engines(config, held_out=of_run, vocab_size=plan.models.vocab_size, console=console)
-        with console.phase("start workers"):
-            fleets = stack.enter_context(_open_fleets(config, plan))
-            checkpoints.restore(step, fleets.learner, fleets.teacher)
-        training = stack.enter_context(_training_fleets(config, fleets, console=console))
-        with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
-            tracker = _open_tracker(config, run_dir, step=step, sinks=sinks, line=line, gaps=gaps)
-            checkpoints.saved = _kept(config, tracker)
-            checkpoints.facts = {**checkpoints.facts, "wandb_run_id": wandb_run_id(run_dir)}
-            loop = build_loop(
-                config,
-                fleets=fleets,
-                training=training,
-                prompts=plan.prompts,
-                checkpoints=checkpoints,
-                tracker=tracker,
-                quarantine=DiskQuarantine(run_dir, say=console.say),
-                stoppable=stop.stoppable,
-            )
-            checkpoints.restore(step, loop.window)
-            run_saved(loop, step=step, checkpoints=checkpoints)
-        with console.phase("export student"):
-            training.learner.export(str(run_dir.export))
+        run = Run(
+            config=config,
+            plan=plan,
+            run_dir=run_dir,
+            console=console,
+            checkpoints=checkpoints,
+            sinks=sinks,
+            stoppable=stop.stoppable,
+        )
+        tracker = _survived(run, step=step, gaps=gaps, warn=_warner(run_dir, console))
     history = tracker.history
     summary = {**summarise(history, wall_s=time.perf_counter() - start), **measured}
     if config.tracking.log_checkpoints:
@@ -110,12 +95,22 @@ def _train(config: Config, console: RunConsole, *, run_dir: RunDir, start: float
     return summary
 
 
+def _survived(run: Run, *, step: int, gaps: Metrics, warn: Callable[..., None]) -> RunTracker:
+    """Train to the end through the loss of workers, as often as the configuration allows; return the tracker."""
+    restarts = Restarts(config=run.config.fault, warn=warn)
+    while True:
+        try:
+            return attempt(run, step=step, measured={**gaps, "fault/restarts": float(restarts.total)})
+        except workers.WorkerLost as loss:
+            step = run.checkpoints.newest()
+            restarts.after(loss, cause=loss.cause, step=step)
+
+
 def _announce(
     config: Config, plan: Plan, *, run_dir: RunDir, step: int, warnings: Sequence[str], console: RunConsole
 ) -> list[Sink]:
     """Write down and say what the run is made of; open the services that its numbers go to."""
     (run_dir.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)
     if plan.prompts.num_dropped:
         record_event(run_dir, kind="prompts_dropped", message=f"{plan.prompts.num_dropped} empty or too long")
 
@@ -138,25 +133,6 @@ def _warner(run_dir: RunDir, console: RunConsole) -> Callable[..., None]:
     return warn
 
 
-def _kept(config: Config, tracker: RunTracker) -> Callable[[int, Path], None]:
-    """Return what is done with a checkpoint besides keeping it in the run dir."""
-    return lambda step, folder: tracker.keep("checkpoint", folder, step) if config.tracking.log_checkpoints else None
-
-
-def _open_tracker(
-    config: Config, run_dir: RunDir, *, step: int, sinks: list[Sink], line: StepLine, gaps: Metrics
-) -> RunTracker:
-    return RunTracker(
-        run_dir,
-        step=step,
-        num_samples=config.tracking.num_samples,
-        sinks=sinks,
-        line=line,
-        measured=gaps,
-        pipeline=PipelineLog(config, run_dir.path),
-    )
-
-
 def _plan(config: Config, console: RunConsole) -> Plan:
     """Build the tiny models that are missing, and plan the run. Raises ValueError for what does not fit."""
     teachers = teachers_of(config).by_name
@@ -169,16 +145,6 @@ def _plan(config: Config, console: RunConsole) -> Plan:
     )
     validate_vocabulary(config, vocab_size=models.vocab_size)
     return plan_run(config, models)
-
-
-def _open_fleets(config: Config, plan: Plan) -> AbstractContextManager[Fleets]:
-    return workers.open_fleets(
-        config,
-        vocab_size=plan.models.vocab_size,
-        ids=plan.ids,
-        prompt_tokens=plan.prompt_tokens,
-        log_dir=RunDir.of(config).logs,
-    )
 
 
 def main() -> None:
@@ -255,18 +221,6 @@ def _build_missing_models(config: Config, console: RunConsole) -> None:
             continue
         with console.progress_phase(f"build {role}", num_steps=model.build.num_steps) as line:
             build_tiny_model(path, spec=model.build, on_step=lambda step, _, loss: line.show_loss(step, loss))
-
-
-def _training_fleets(config: Config, fleets: Fleets, *, console: RunConsole) -> AbstractContextManager[Fleets]:
-    """Return what the loop trains with; when scores can be recorded no longer, that is told and the run goes on."""
-    run_dir = RunDir.of(config)
-
-    def say(fault: str) -> None:
-        message = f"{fault}; scores are recorded up to there"
-        record_event(run_dir, kind="recording_ended", message=message)
-        console.say(f"warning: recording ended: {message}")
-
-    return workers.training_fleets(config, fleets, folder=run_dir.scores, log_dir=run_dir.logs, on_fault=say)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from workers.lane import LANE
+from workers.lane import LANE, dump_on_signal, pulse
 from workers.placement import Pool
 
 _Item = TypeVar("_Item")
 
+_HEALTH = "health"  # concurrency group
 _MAX_CONCURRENT_CALLS = 100_000  # back-pressure is the schedule's task, not the actor's
 
 _ENGINE_ENV = {
@@ -56,8 +57,11 @@ def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concur
 
     A concurrent worker has an async interface and takes all calls as they come; another takes them in order.
     """
+    # A worker that takes its calls in order gives its sign of life beside them.
+    remote = ray.remote if concurrent else ray.remote(concurrency_groups={_HEALTH: 1})
+    sign = pulse if concurrent else ray.method(concurrency_group=_HEALTH)(_pulse_beside)
     return [
-        ray.remote(_logged(worker_class, berth.log_file(index)))
+        remote(_logged(worker_class, berth.log_file(index), pulse=sign))
         .options(
             name=f"{berth.role}-{index}",
             num_cpus=berth.pool.cpus_per_worker,
@@ -106,16 +110,21 @@ def redirect_output(path: Path) -> None:
     os.close(file)
 
 
-def _logged(worker_class: type, log_file: Path) -> type:
+def _logged(worker_class: type, log_file: Path, *, pulse: Any = pulse) -> type:
     """Return the class with its output redirected before it is built; workers themselves know of no logs."""
 
     def build(self: Any, **arguments: Any) -> None:
         redirect_output(log_file)
         os.environ[LANE] = log_file.stem
+        dump_on_signal()
         worker_class.__init__(self, **arguments)
 
     name = log_file.stem  # Ray quotes an actor's repr in its errors
-    return type(worker_class.__name__, (worker_class,), {"__init__": build, "__repr__": lambda _: name})
+    return type(worker_class.__name__, (worker_class,), {"__init__": build, "__repr__": lambda _: name, "pulse": pulse})
+
+
+def _pulse_beside(worker: object) -> tuple[str, int]:
+    return pulse(worker)
 
 
 def _environment(berth: Berth) -> dict[str, str]:

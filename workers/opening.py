@@ -15,6 +15,7 @@ from opd_ray.routing import max_response_tokens, teachers_of
 from opd_ray.weight_sync import chosen_sync
 from workers.colocated import ColocatedLearner
 from workers.fleet import Berth
+from workers.health import watched
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.learner.worker import LearnerWorker
@@ -80,11 +81,23 @@ def open_fleets(
         for fleet in fleets:
             fleet.wait_ready()
         learner.connect(rollout.workers)
-        yield _fleets(config, rollout=rollout, teachers=teachers, learner=learner)
+        workers = {f"{role}-{i}": worker for role, i, worker in _named(rollout, teachers, learner)}
+        with watched(workers, hang_timeout_s=config.fault.hang_timeout_s):
+            yield _fleets(config, rollout=rollout, teachers=teachers, learner=learner)
     finally:
         for fleet in fleets:
             fleet.close()
         remove_placement_group(berths["rollout"].placement_group)
+
+
+def _named(
+    rollout: RayRolloutFleet, teachers: Mapping[str, RayTeacherFleet], learner: RayLearner
+) -> Iterator[tuple[str, int, Any]]:
+    """Yield every worker with its role and its place in the pool."""
+    pools = {"rollout": rollout.workers, "learner": learner.ranks}
+    for role, of_pool in {**pools, **{teacher_role(name): fleet.workers for name, fleet in teachers.items()}}.items():
+        for index, worker in enumerate(of_pool):
+            yield role, index, worker
 
 
 def _rollout(config: Config, *, berth: Berth, worker_class: type) -> RayRolloutFleet:

@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_ray.config.data import DataConfig
 from opd_ray.config.objective import ObjectiveConfig
-from opd_ray.config.services import ClusterConfig, EvalConfig, TrackingConfig
+from opd_ray.config.services import ClusterConfig, EvalConfig, FaultConfig, TrackingConfig
 from opd_ray.config.student import LoraConfig
 from opd_ray.config.teacher import (
     AlignmentKind,
@@ -251,6 +251,7 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:

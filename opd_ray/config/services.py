@@ -25,6 +25,22 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class FaultConfig:
+    """What happens when a worker dies or hangs."""
+
+    max_restarts: int = 3  # of the pools, in a row without a new checkpoint; 0: the first lost worker ends the run
+    backoff_s: float = 2.0  # before the first of them; doubled before each other
+    hang_timeout_s: float = 300.0  # without a sign of life a worker is killed
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise ValueError(f"fault.max_restarts={self.max_restarts}: expected an integer of at least 0")
+        for name, least in (("backoff_s", 0.0), ("hang_timeout_s", 1.0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"fault.{name}={getattr(self, name)}: expected a number of at least {least:g}")
+
+
+@dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """Held-out evaluation of the student."""
 

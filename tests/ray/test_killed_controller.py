@@ -20,7 +20,7 @@ _WAIT_S = 180
 
 def _start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "opd_ray.train", "experiment=demo", *arguments],
+        [sys.executable, "-m", "opd_ray.train", *arguments],
         cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

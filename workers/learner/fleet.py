@@ -46,6 +46,11 @@ class RayLearner:
         """Return the version last published."""
         return self._version
 
+    @property
+    def ranks(self) -> Sequence[Any]:
+        """Return the actors."""
+        return self._ranks
+
     def update(self, batch: Batch) -> Metrics:
         """Wait for the batch's last score, then take `learner.updates_per_batch` optimizer steps on all ranks."""
         summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])

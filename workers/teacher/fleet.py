@@ -80,6 +80,11 @@ class RayTeacherFleet:
         self._groups_per_call = groups_per_call
         self._num_dealt = 0
 
+    @property
+    def workers(self) -> Sequence[Any]:
+        """Return the actors."""
+        return self._workers
+
     def wait_ready(self) -> None:
         """Block until every worker can score. Raises CannotGoOn when no server of a teacher comes up."""
         self._get([worker.ready.remote() for worker in self._workers])

@@ -19,7 +19,7 @@ class Restarts:
     _step: int = -1
 
     def after(self, loss: Exception, *, cause: Exception, step: int) -> None:
-        """Tell of a loss and wait until the next try, from the checkpoint of `step`. Raises the cause when none is left."""
+        """Tell of a loss and wait for the next try, from the checkpoint of `step`. Raises the cause if none is left."""
         self._in_a_row = 1 if step > self._step else self._in_a_row + 1
         self._step = step
         if self._in_a_row > self.config.max_restarts:

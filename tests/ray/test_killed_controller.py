@@ -58,7 +58,7 @@ def test_a_run_killed_in_a_save_and_one_with_a_damaged_checkpoint_end_with_the_u
     run_dir = tmp_path / "runs" / "killed"
     checkpoints = run_dir / "checkpoints"
     children = _kill_when(_start(killed), lambda: (checkpoints / ".step-000003.partial").exists())
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert [process.cmdline()[:1] for process in alive] == []
     assert not (checkpoints / "step-000003").exists()
     weights = next((checkpoints / "step-000002" / "deepspeed").iterdir())

@@ -206,6 +206,7 @@ class LearnerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 5  # updates in a row left out for gradients that are not finite, before the run ends
     max_tokens_per_micro_batch: int = 8192
     packing: bool = True  # sequences end to end without padding; false: for models with an attention of their own
     gradient_checkpointing: bool = False
@@ -219,7 +220,8 @@ class LearnerConfig:
         _require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         _require(self.lr > 0, "learner.lr", self.lr, "a number above 0")
         _require(self.updates_per_batch >= 1, "learner.updates_per_batch", self.updates_per_batch, "at least 1")
-        _require(self.warmup_steps >= 0, "learner.warmup_steps", self.warmup_steps, "an integer of at least 0")
+        for name in ("warmup_steps", "max_skipped_steps"):
+            _require(getattr(self, name) >= 0, f"learner.{name}", getattr(self, name), "an integer of at least 0")
         limit = self.max_tokens_per_micro_batch
         _require(limit >= 1, "learner.max_tokens_per_micro_batch", limit, "an integer of at least 1")
 

@@ -10,7 +10,7 @@ from opd_ray.comparison import Comparison, joined
 from opd_ray.config.schema import LearnerConfig
 from opd_ray.data.models import hidden_size
 from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
-from opd_ray.protocol import Batch, GroupSummary, Metrics, ScoreSummary, WeightBundle
+from opd_ray.protocol import Batch, CannotGoOn, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
 from workers.learner.report import RankBatch, combine_updates, estimate_name, teacher_metrics
 from workers.learner.worker import LearnerWorker
@@ -36,6 +36,7 @@ class RayLearner:
         self._sync: SyncPlan = arguments["sync"]
         self._local = berth.local
         self._version = 0
+        self._num_left_out = 0  # batches in a row
 
     def wait_ready(self) -> None:
         """Block until every rank has its engine."""
@@ -62,8 +63,10 @@ class RayLearner:
         ]
         # A rank takes its calls in order, so that no part waits here for the one before it.
         updates = [[rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares] for shares in parts]
+        learned = combine_updates([ray.get(of_part) for of_part in updates], estimate=estimate_name(self._objective))
+        self._count_left_out(learned, step=batch.step)
         return {
-            **combine_updates([ray.get(of_part) for of_part in updates], estimate=estimate_name(self._objective)),
+            **learned,
             **teacher_metrics(scored),
             "time/update_s": time.perf_counter() - ready,
         }
@@ -114,6 +117,16 @@ class RayLearner:
             rank.setup.remote(rank=index, master_address=address, master_port=port)
             for index, rank in enumerate(self._ranks)
         ]
+
+    def _count_left_out(self, learned: Metrics, *, step: int) -> None:
+        """Raise CannotGoOn when steps were left out in too many batches in a row."""
+        self._num_left_out = self._num_left_out + 1 if learned["fault/skipped_steps"] else 0
+        allowed = self._config.max_skipped_steps
+        if self._num_left_out > allowed:
+            raise CannotGoOn(
+                f"update {step + 1}: gradients were not finite {self._num_left_out} times in a row, those steps were"
+                f" left out; learner.max_skipped_steps={allowed} in a row are allowed. A lower learner.lr may help"
+            )
 
     def _split(
         self, batch: Batch, summaries: Sequence[GroupSummary], *, positions: Sequence[int], part: int

@@ -68,6 +68,7 @@ class RankReport:
     learn_s: float
     gradient_squares: float = 0.0  # of micro-batches' own gradients, summed, before the mean over ranks; 0: not asked
     num_micro_batches: int = 0  # with a loss
+    left_out: bool = False  # the step: its gradients were not finite
     task_gradients: Mapping[str, Float32] = field(default_factory=dict)  # projections, see `TaskGradients`
 
 
@@ -218,6 +219,7 @@ def combine_updates(updates: Sequence[Sequence[RankReport]], *, estimate: str) -
         **{f"train/grad_norm_{task}": sum(u.get(task, 0.0) for u in of_tasks) / len(updates) for task in of_tasks[0]},
         **({"train/gradient_noise": sum(noise) / len(noise)} if noise else {}),
         "train/lr": updates[-1][0].lr,
+        "fault/skipped_steps": sum(reports[0].left_out for reports in updates),
         "time/learn_s": sum(max(r.learn_s for r in reports) for reports in updates),
     }
 

@@ -22,6 +22,7 @@ from opd_ray.data.lora import adapter_parameters
 from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
 from workers.learner.comparison import Comparer, stride_of, texts_of_tokens
+from workers.learner.guard import guard_steps, is_left_out
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
@@ -94,6 +95,7 @@ class LearnerWorker:
             student, config=self._config, world_size=self._config.num_ranks, num_steps=self._num_steps
         )
         self._engine.clip_fp32_gradients = self._clip
+        guard_steps(self._engine)
         self._clipped_norm = 0.0
         self._planner = TokenPlanner(self._objective, tokenizer=self._tokenizer())
         self._inputs = InputBuilder(
@@ -145,7 +147,8 @@ class LearnerWorker:
             gradient_squares=self._squares.take() if self._squares else 0.0,
             num_micro_batches=sum(map(bool, batch.micro_batches)),
         )
-        return replace(report, task_gradients=self._task_gradients.take()) if self._task_gradients else report
+        of_tasks = self._task_gradients.take() if self._task_gradients else {}
+        return replace(report, left_out=is_left_out(self._engine), task_gradients=of_tasks)
 
     def release_memory(self) -> None:
         """Give what torch keeps of the GPU's memory for later back to the GPU."""

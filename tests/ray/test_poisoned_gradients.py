@@ -1,0 +1,93 @@
+"""Gradients that are not finite on one rank change nothing on any: the run goes on as if the batch had not been."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from helpers import compose_config, reference_model
+from learners import make_batch, open_learner, published_weights
+
+from opd_ray.objectives import Losses
+from opd_ray.protocol import CannotGoOn
+from workers import connected
+from workers.learner.worker import LearnerWorker
+
+pytestmark = pytest.mark.ray
+
+
+class PoisonedLearner(LearnerWorker):
+    """Rank 1 can be given a loss whose gradients are not finite."""
+
+    _poison = 1.0
+
+    def poison(self, factor: float) -> None:
+        self._poison = factor if self._rank == 1 else 1.0
+
+    def _forward(self, *micro_batch: Any, **how: Any) -> Losses:
+        losses = super()._forward(*micro_batch, **how)
+        return replace(losses, loss=losses.loss * self._poison)
+
+
+def _poison(learner: Any, factor: float) -> None:
+    ray.get([rank.poison.remote(factor) for rank in learner.ranks])
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype", "factor"),
+    [
+        (0, "float32", float("nan")),
+        (2, "bfloat16", float("inf")),
+        pytest.param(0, "bfloat16", float("nan"), marks=pytest.mark.slow),
+        pytest.param(2, "float32", float("nan"), marks=pytest.mark.slow),
+        pytest.param(3, "float32", float("inf"), marks=pytest.mark.slow),
+        pytest.param(3, "bfloat16", float("nan"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_poisoned_batch_leaves_weights_optimizer_and_schedule_as_they_were(
+    overrides: Callable[..., list[str]], tmp_path: Path, zero_stage: int, dtype: str, factor: float
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    config = compose_config(
+        overrides(
+            f"learner.zero_stage={zero_stage}",
+            f"learner.dtype={dtype}",
+            "learner.lr_schedule=linear",
+            "num_steps=9",
+            "learner.max_skipped_steps=2",
+            "deterministic=true",
+        )
+    )
+    with connected(config):
+        batch = make_batch(reference_model(config.teacher.path))
+        plain = open_learner(config, tmp_path, PoisonedLearner)
+        for _ in range(2):
+            expected_metrics = plain.update(batch)
+        expected = published_weights(plain)
+        plain.close()
+
+        learner = open_learner(config, tmp_path, PoisonedLearner)
+        learner.update(batch)
+        before = published_weights(learner)
+        for _ in range(2):
+            _poison(learner, factor)
+            assert learner.update(batch)["fault/skipped_steps"] == 1
+        for name, tensor in published_weights(learner).items():
+            assert torch.equal(tensor, before[name]), name
+        _poison(learner, 1.0)
+        metrics = learner.update(batch)
+        assert metrics["fault/skipped_steps"] == 0
+        assert metrics["train/lr"] == expected_metrics["train/lr"]
+        for name, tensor in published_weights(learner).items():
+            assert torch.equal(tensor, expected[name]), name
+
+        _poison(learner, factor)
+        for _ in range(2):
+            learner.update(batch)
+        with pytest.raises(CannotGoOn, match=r"not finite 3 times in a row.*max_skipped_steps=2"):
+            learner.update(batch)
+        learner.close()

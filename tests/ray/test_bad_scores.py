@@ -56,6 +56,7 @@ def _command(overrides: list[str]) -> Iterator["subprocess.Popen[str]"]:
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_groups_that_a_teacher_cannot_score_are_quarantined_and_replaced_and_the_run_goes_on(
     by_server: Overrides, tmp_path: Path

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.ray
 _DEADLINE_S = 300
 
 
+@pytest.mark.slow
 def test_a_sound_set_up_is_green_with_two_workers_of_a_teacher(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.ray
 _DEADLINE_S = 180
 
 
+@pytest.mark.slow
 def test_a_finished_group_is_scored_while_others_still_generate(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -44,6 +45,7 @@ def test_a_finished_group_is_scored_while_others_still_generate(
         assert first == [short_score.summary]
 
 
+@pytest.mark.slow
 def test_groups_of_one_call_are_those_of_calls_of_their_own(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:

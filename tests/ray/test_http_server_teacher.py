@@ -96,6 +96,7 @@ async def _check_death(server: Server) -> None:
     await worker.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_scores_of_a_real_server_agree_with_plain_transformers_and_its_death_is_told(
     model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -144,7 +144,11 @@ def sequence_kls(student: Any, teacher: Any, group: TrajectoryGroup) -> list[tor
     return [kl_N[start:end].sum() for start, end in zip(group.offsets[:-1], group.offsets[1:], strict=True)]
 
 
-@pytest.mark.parametrize("cut", [(0, 2), (2, 2), (3, 2), (2, 1)], ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}")
+@pytest.mark.parametrize(
+    "cut",
+    [(2, 1), *(pytest.param((stage, 2), marks=pytest.mark.slow) for stage in (0, 2, 3))],
+    ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}",
+)
 @pytest.mark.usefixtures("cluster")
 def test_gradient_noise_is_the_variance_over_micro_batches(
     config: Config, tmp_path: Path, model_folder: Any, cut: tuple[int, int]

@@ -155,7 +155,7 @@ def _recorded(config: Config, learner: Any, *, tmp_path: Path, faults: list[str]
         yield fleets.learner
 
 
-@pytest.mark.parametrize("objective", ["objective=support", "objective=full"])
+@pytest.mark.parametrize("objective", ["objective=support", pytest.param("objective=full", marks=pytest.mark.slow)])
 def test_a_recorded_score_is_served_as_the_teacher_gave_it_bit_for_bit(
     overrides: Overrides, tmp_path: Path, objective: str
 ) -> None:

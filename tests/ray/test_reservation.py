@@ -119,6 +119,7 @@ def test_workers_that_share_a_gpu_see_the_same_one_and_are_never_spread_over_two
     assert len(set(ray.get([sharer.sees.remote() for sharer in sharers], timeout=_DEADLINE_S))) == 1
 
 
+@pytest.mark.slow
 def test_a_run_larger_than_a_cluster_that_may_grow_waits_and_ends_as_a_mistake_of_the_users(
     overrides: Callable[..., list[str]],
 ) -> None:

@@ -131,6 +131,7 @@ def own(overrides: Overrides) -> Overrides:
     return build
 
 
+@pytest.mark.slow
 def test_the_frozen_student_as_teacher_gives_kl_zero_at_the_start_and_says_that_there_is_nothing_to_learn(
     own: Overrides, tmp_path: Path
 ) -> None:

@@ -36,7 +36,11 @@ pytestmark = pytest.mark.ray
 _SHORT_S = 1.0
 
 
-@pytest.mark.parametrize(("tied", "zero_stage"), [(False, 3), (True, 2)], ids=["untied head, ZeRO-3", "tied head"])
+@pytest.mark.parametrize(
+    ("tied", "zero_stage"),
+    [(False, 3), pytest.param(True, 2, marks=pytest.mark.slow)],
+    ids=["untied head, ZeRO-3", "tied head"],
+)
 def test_the_object_store_keeps_the_contract(
     overrides: Callable[..., list[str]], tmp_path: Path, model_folder: Any, tied: bool, zero_stage: int
 ) -> None:

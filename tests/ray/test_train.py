@@ -21,15 +21,19 @@ pytestmark = pytest.mark.ray
 Overrides = Callable[..., list[str]]
 
 
+def _slow(*overrides: str) -> Any:
+    return pytest.param(list(overrides), marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "objective",
     [
         ["objective=full"],
         ["objective=support"],
         ["objective=sampled", "objective.discount=0.5"],
-        ["objective=support", "objective.support=student", "rollout.temperature=0.8"],
-        ["objective=support", "objective.support=union", "objective.tail=bucket", "objective.divergence=jsd"],
-        ["objective=sampled", "objective.baseline=kl", 'objective.equivalent_tokens=[["<eos>","<pad>"]]'],
+        _slow("objective=support", "objective.support=student", "rollout.temperature=0.8"),
+        _slow("objective=support", "objective.support=union", "objective.tail=bucket", "objective.divergence=jsd"),
+        _slow("objective=sampled", "objective.baseline=kl", 'objective.equivalent_tokens=[["<eos>","<pad>"]]'),
     ],
     ids=lambda overrides: " ".join(o.removeprefix("objective.") for o in overrides),
 )
@@ -114,6 +118,7 @@ def test_a_mixed_batch_is_scored_by_the_teachers_of_its_tasks_each_with_its_own_
     assert "teacher-0.log" not in logs
 
 
+@pytest.mark.slow
 def test_sequential_batches_are_of_one_task_with_its_own_sampling_and_teacher(
     two_teachers: Overrides, tmp_path: Path
 ) -> None:
@@ -180,6 +185,7 @@ def test_a_run_leaves_what_the_readme_lists_and_a_student_that_others_load(
     assert by_transformers.tolist() == list(by_vllm.outputs[0].token_ids)
 
 
+@pytest.mark.slow
 def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
     overrides: Overrides, tmp_path: Path
 ) -> None:
@@ -217,6 +223,7 @@ def test_one_batch_ahead_over_two_workers_trains_on_tokens_one_version_old(
     assert lanes >= {("rollout-0", "generate"), ("rollout-1", "generate"), ("teacher-0", "score"), ("learner", "learn")}
 
 
+@pytest.mark.slow
 def test_a_few_updates_bring_the_student_nearer_to_its_teacher(overrides: Overrides) -> None:
     summary, _ = run_train(overrides("num_steps=25", "batch.num_prompts=16", "learner.lr=3e-3"))
     assert summary["reverse_kl_after"] < 0.5 * summary["reverse_kl_before"]

@@ -204,7 +204,10 @@ def _encode_one(record: Record, *, tokenizer: Any) -> list[int]:
 def _chat_ids(record: Record, *, tokenizer: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(f"{record.where}: has `messages`, but the student's tokenizer has no chat template")
-    return list(tokenizer.apply_chat_template(record.messages, add_generation_prompt=True, return_dict=False))
+    try:
+        return list(tokenizer.apply_chat_template(record.messages, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # noqa: BLE001 - a template may raise anything, as of turns in another order
+        raise ValueError(f"{record.where}: the student's chat template refuses the messages ({error})") from None
 
 
 def check_answer(name: str, record: Record) -> None:

@@ -63,6 +63,8 @@ def _jsonl_rows(path: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{where}: nested too deeply") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        except ValueError:  # Python reads no integer of more than 4,300 digits
+            raise ValueError(f"{where}: holds a number with too many digits; expected text where it is one") from None
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:

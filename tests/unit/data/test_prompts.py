@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -336,6 +337,15 @@ def test_messages_without_a_chat_template_are_refused_with_file_and_line(tmp_pat
     words = refusal(lambda: load_file(tmp_path, rows))
     assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: has `messages`")
     assert "no chat template" in words
+
+
+@pytest.mark.parametrize(("content", "fault"), [("no", "roles must take turns"), ("\ud800", "TextEncodeInput")])
+def test_messages_that_the_chat_template_or_the_tokenizer_refuses_are_named(tmp_path: Path, content: str, fault: str):
+    template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('roles must take turns') }}{% endif %}"
+    rows: list[dict] = [{"prompt": "1"}, {"messages": [{"role": "user", "content": content}]}] + [{"prompt": "2"}] * 2
+    words = refusal(lambda: load_file(tmp_path, rows, template=template + CHAT_TEMPLATE))
+    assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: the student's chat template refuses the messages (")
+    assert re.search(fault, words)
 
 
 def test_an_unknown_task_is_named_with_file_and_line(tmp_path: Path):

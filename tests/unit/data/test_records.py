@@ -91,6 +91,11 @@ def test_a_malformed_line_is_named_with_number_and_column(tmp_path: Path):
     assert words == f"{tmp_path}/prompts.jsonl, line 2: not JSON (Expecting value at column 12)"
 
 
+def test_a_number_of_too_many_digits_is_refused_with_its_line(tmp_path: Path):
+    words = refusal(lambda: read_lines(tmp_path, '{"prompt": "1"}', '{"prompt": "2", "answer": ' + "9" * 5000 + "}"))
+    assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: holds a number with too many digits")
+
+
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path):
     words = refusal(lambda: read_lines(tmp_path, '{"prompt": "a"}', b'{"prompt": "\xff"}'))
     assert words.startswith(f"{tmp_path}/prompts.jsonl, line 2: not UTF-8 text")

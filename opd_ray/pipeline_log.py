@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opd_ray.config.schema import Config
+from opd_ray.json_lines import JsonLines
 from opd_ray.pipeline import Span, SplitWatch, Timeline, Window
 from opd_ray.protocol import Metrics
 from opd_ray.routing import teachers_of
@@ -32,7 +33,7 @@ class PipelineLog:
             max_staleness=config.max_staleness,
             colocated=config.cluster.sleep,
         )
-        self._file = folder / FILE
+        self._lines = JsonLines(folder, warn=lambda _: None)  # the tracker tells of a full disk
         self._clock = clock
         self.begin()
 
@@ -69,8 +70,7 @@ class PipelineLog:
             "end": window.end,
             "spans": [[s.lane, s.phase, round(s.start, 4), round(s.end, 4)] for s in window.spans],
         }
-        with self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.append(FILE, line)
 
 
 def read_windows(folder: Path, *, last: int) -> list[Window]:

@@ -1,8 +1,8 @@
 """Keeps the groups that no teacher could score, in the run dir."""
 
-import json
 from collections.abc import Callable
 
+from opd_ray.json_lines import JsonLines
 from opd_ray.services import BadGroup
 from opd_ray.state import RunDir
 from opd_ray.tracking import record_event
@@ -15,6 +15,7 @@ class DiskQuarantine:
         self._run_dir = run_dir
         self._say = say
         self._is_first = True
+        self._lines = JsonLines(run_dir.path, warn=lambda words: say(f"warning: {words}"))
 
     @property
     def where(self) -> str:
@@ -34,8 +35,7 @@ class DiskQuarantine:
             "reason": group.reason,
             "text": group.summary.text,
         }
-        with self._run_dir.quarantine.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._lines.append(self._run_dir.quarantine.name, record)
         place = f"held out, version {group.step}" if group.held_out else f"update {group.step}"
         message = f"{place}, prompt {group.summary.prompt_index}: {group.teacher} cannot score it: {group.reason}"
         record_event(self._run_dir, kind="bad_group", message=message)

@@ -1,5 +1,6 @@
 """Owns a run's place on disk: what lies where, and the claim on it."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,3 +68,5 @@ def claim(run_dir: RunDir, policy: ResumePolicy) -> None:
         run_dir.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{run_dir.path} cannot be made ({error.strerror}): choose another runs_dir=...") from None
+    if not os.access(run_dir.path, os.W_OK):
+        raise ValueError(f"{run_dir.path} cannot be written: choose another runs_dir=...")

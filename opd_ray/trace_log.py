@@ -5,15 +5,14 @@ A line: {"step", "tasks": {task: {"num_tokens", "metrics": {name: value}, "point
 else is of some of them; probabilities and log-probs are rounded, texts are as the tokenizer gives them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd_ray.comparison import Comparison, TokenTrace
+from opd_ray.json_lines import JsonLines
 from opd_ray.sinks import SampleRow
 
 FILE = "traces.jsonl"
@@ -21,11 +20,9 @@ _NUM_SCATTERED, _NUM_WORST, _NUM_POSITION_BINS = 1500, 15, 12
 _DIGITS = 5
 
 
-def add_traces(folder: Path, step: int, by_task: Mapping[str, Comparison]) -> None:
+def add_traces(lines: JsonLines, step: int, by_task: Mapping[str, Comparison]) -> None:
     """Add an evaluation's line."""
-    line = {"step": step, "tasks": {task: _shown(compared) for task, compared in by_task.items()}}
-    with (folder / FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    lines.append(FILE, {"step": step, "tasks": {task: _shown(compared) for task, compared in by_task.items()}})
 
 
 def trace_rows(step: int, by_task: Mapping[str, Comparison]) -> list[SampleRow]:

@@ -4,12 +4,14 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from opd_ray.comparison import Comparison
 from opd_ray.console import StepLine
+from opd_ray.json_lines import JsonLines, append_whole
 from opd_ray.metrics import rollout_metrics, samples_shown
 from opd_ray.mismatch import MismatchWatch
 from opd_ray.pipeline_log import FILE as SPANS_FILE
@@ -39,6 +41,7 @@ class RunTracker:
         for name in ("samples.jsonl", SPANS_FILE, TRACES_FILE, run_dir.quarantine.name):
             _kept_lines(run_dir.path / name, step=step)
         self._run_dir = run_dir
+        self._lines = JsonLines(run_dir.path, warn=self._cannot_write)
         self._num_samples = num_samples
         self._sinks = sinks
         self._line = line
@@ -89,7 +92,7 @@ class RunTracker:
 
     def compare(self, step: int, by_task: Mapping[str, Comparison]) -> None:
         """Record how student and teacher stand to one another at an evaluation's samples."""
-        add_traces(self._run_dir.path, step, by_task)
+        add_traces(self._lines, step, by_task)
         rows = trace_rows(step, by_task)
         for sink in self._sinks if rows else ():
             sink.show(rows)
@@ -106,7 +109,8 @@ class RunTracker:
         return [{name: value for name, value in record.items() if value is not None} for record in records]
 
     def finish(self, summary: Metrics) -> None:
-        """Write summary.json and close the sinks."""
+        """Write what waits for room, and summary.json; close the sinks."""
+        self._lines.flush()
         (self._run_dir.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         for sink in self._sinks:
             sink.finish(summary)
@@ -122,14 +126,18 @@ class RunTracker:
         return {"time/step_s": step_s, "perf/tokens_per_s": num_tokens / step_s}
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self._run_dir.path / name).open("a") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+        self._lines.append(name, _finite(record))
+
+    def _cannot_write(self, words: str) -> None:
+        record_event(self._run_dir, kind="log_failed", message=words)
+        self._line.say(f"warning: {words}")
 
 
 def record_event(run_dir: RunDir, *, kind: str, message: str) -> None:
-    """Add a line to events.jsonl: what befell the run."""
-    with (run_dir.path / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "kind": kind, "message": message}) + "\n")
+    """Add a line to events.jsonl: what befell the run. Where the disk does not take it, only the console has it."""
+    line = json.dumps({"time": time.time(), "kind": kind, "message": message}) + "\n"
+    with suppress(OSError):
+        append_whole(run_dir.path / "events.jsonl", line)
 
 
 def _row(step: int, summary: GroupSummary) -> SampleRow:

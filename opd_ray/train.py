@@ -197,6 +197,10 @@ def _outcome(composed: DictConfig) -> Outcome:
         return Outcome(error=str(fault), exit_code=fault.exit_code if isinstance(fault, Stopped) else _RUN_FAILED)
     except ValueError as fault:
         return Outcome(error=str(fault), exit_code=_USER_ERROR)
+    except OSError as fault:
+        if fault.filename is None:
+            raise
+        return Outcome(error=f"{fault.filename}: {fault.strerror}", exit_code=_RUN_FAILED)
     except KeyboardInterrupt:
         words = "interrupted; resume=auto goes on from the newest checkpoint"
         return Outcome(error=words, exit_code=_INTERRUPTED)

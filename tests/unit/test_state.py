@@ -80,3 +80,9 @@ def test_the_run_dir_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run_dir = RunDir.of(compose_config("experiment=demo", "name=mine", "runs_dir=out"))
     assert run_dir.path == (tmp_path / "out" / "mine").resolve()
     assert run_dir.export.parent == run_dir.logs.parent == run_dir.checkpoints.parent == run_dir.path
+
+
+def test_a_run_dir_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match="old cannot be written: choose another runs_dir"):
+        claim(make_run(tmp_path / "old"), ResumePolicy.auto)

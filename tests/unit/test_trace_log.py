@@ -8,7 +8,13 @@ import pytest
 from fakes import make_comparison
 
 from opd_ray.comparison import Comparison, TokenPoints, TokenTrace, joined
+from opd_ray.json_lines import JsonLines
 from opd_ray.trace_log import FILE, add_traces, trace_rows
+
+
+def lines_in(folder: Path) -> JsonLines:
+    return JsonLines(folder, warn=pytest.fail)
+
 
 TRACE = TokenTrace(
     prompt="1+2=", tokens=("1", "2"), student_logprobs=(-0.1, -2.0), teacher_logprobs=(-1.1, -0.5),
@@ -63,7 +69,7 @@ def test_parts_are_put_together_by_their_tokens():
 
 def test_the_worst_tokens_are_those_with_the_largest_sum_of_gaps(tmp_path: Path):
     compared = comparison(student=[0.8, 0.8, 0.9, 0.1], teacher=[0.2, 0.4, 0.3, 0.9], ids=[5, 5, 6, 7], traces=(TRACE,))
-    add_traces(tmp_path, 3, {"sort": compared})
+    add_traces(lines_in(tmp_path), 3, {"sort": compared})
     (line,) = (json.loads(text) for text in (tmp_path / FILE).read_text().splitlines())
     assert line["step"] == 3
     told = line["tasks"]["sort"]
@@ -80,7 +86,11 @@ def test_the_worst_tokens_are_those_with_the_largest_sum_of_gaps(tmp_path: Path)
 def test_gaps_by_position_are_quantiles_of_the_tokens_there(tmp_path: Path):
     generator = np.random.default_rng(0)
     student, teacher = generator.uniform(0.1, 1, 240), generator.uniform(0.1, 1, 240)
-    add_traces(tmp_path, 1, {"sort": comparison(student=list(student), teacher=list(teacher), ids=[1] * 240)})
+    add_traces(
+        JsonLines(tmp_path, warn=print),
+        1,
+        {"sort": comparison(student=list(student), teacher=list(teacher), ids=[1] * 240)},
+    )
     bins = json.loads((tmp_path / FILE).read_text())["tasks"]["sort"]["positions"]
     assert bins[0]["first"] == 0
     assert bins[-1]["last"] == 239
@@ -92,8 +102,8 @@ def test_gaps_by_position_are_quantiles_of_the_tokens_there(tmp_path: Path):
 
 
 def test_one_token_and_none_are_kept_as_well(tmp_path: Path):
-    add_traces(tmp_path, 1, {"sort": comparison(student=[0.5], teacher=[0.5], ids=[1])})
-    add_traces(tmp_path, 2, {"sort": make_comparison(kl_sum=1.0, num_tokens=1)})
+    add_traces(lines_in(tmp_path), 1, {"sort": comparison(student=[0.5], teacher=[0.5], ids=[1])})
+    add_traces(lines_in(tmp_path), 2, {"sort": make_comparison(kl_sum=1.0, num_tokens=1)})
     one, none = (json.loads(text)["tasks"]["sort"] for text in (tmp_path / FILE).read_text().splitlines())
     assert [(b["first"], b["last"]) for b in one["positions"]] == [(0, 0)]
     assert (none["positions"], none["worst"]) == ([], [])

@@ -58,17 +58,12 @@ def train(config: Config, console: RunConsole) -> Metrics:
     start = time.perf_counter()
     run_dir = RunDir.of(config)
     check_free(run_dir, config.resume)
-    with lease(run_dir):
-        return _train(config, console, run_dir=run_dir, start=start)
-
-
-def _train(config: Config, console: RunConsole, *, run_dir: RunDir, start: float) -> Metrics:
     plan = _plan(config, console)
     local = workers.is_local(config.cluster)
     warnings = warnings_of(
         [*machine_findings(config), *model_findings(config, vocab_size=plan.models.vocab_size, local=local)]
     )
-    with workers.connected(config, console.say), StopSignal().listening() as stop:
+    with lease(run_dir), workers.connected(config, console.say), StopSignal().listening() as stop:
         claim(run_dir, config.resume)
         step, checkpoints = open_checkpoints(config, plan, run_dir=run_dir, warn=_warner(run_dir, console))
         sinks = _announce(config, plan, run_dir=run_dir, step=step, warnings=warnings, console=console)

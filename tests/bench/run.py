@@ -11,6 +11,7 @@ from loss_gpu import loss_gpu
 from object_store import object_store
 from packing import packing
 from pipeline import pipeline
+from reliability import reliability
 from sync import sync
 from teacher import teacher
 from teacher_gpu import teacher_gpu
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "object_store": object_store,
     "packing": packing,
     "pipeline": pipeline,
+    "reliability": reliability,
     "sync": sync,
     "teacher": teacher,
     "teacher_gpu": teacher_gpu,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.lane import DUMP_SIGNAL
@@ -31,17 +31,30 @@ class WorkerLost(RuntimeError):
 
 @contextmanager
 def watched(workers: Mapping[str, Any], *, hang_timeout_s: float) -> Iterator[None]:
-    """Within, watch workers, by name. Raises WorkerLost for a fault that came from the loss of some of them."""
-    watch = _Watch(workers, hang_timeout_s=hang_timeout_s)
-    watch.start()
+    """Within, watch workers that are ready, by name.
+
+    Raises WorkerLost for a fault that came from the loss of some of them.
+    """
     try:
-        yield
+        places = ray.get([worker.pulse.remote() for worker in workers.values()])
+        watch = _Watch(workers, places=dict(zip(workers, places, strict=True)), hang_timeout_s=hang_timeout_s)
+        with watch.running():
+            yield
     except RayError as fault:
         if names := lost(workers):
             raise WorkerLost(names, cause=fault) from fault
         raise
-    finally:
-        watch.stop()
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Within, workers start. Raises WorkerLost when one is gone that did not fail by itself."""
+    try:
+        yield
+    except ActorDiedError as fault:
+        if fault.actor_init_failed:
+            raise
+        raise WorkerLost(["a worker at its start"], cause=fault) from fault
 
 
 def lost(workers: Mapping[str, Any]) -> list[str]:
@@ -54,17 +67,25 @@ def lost(workers: Mapping[str, Any]) -> list[str]:
 class _Watch(threading.Thread):
     """Asks every worker for its pulse again and again, and kills one that owes it for too long."""
 
-    def __init__(self, workers: Mapping[str, Any], *, hang_timeout_s: float) -> None:
+    def __init__(
+        self, workers: Mapping[str, Any], *, places: Mapping[str, tuple[str, int]], hang_timeout_s: float
+    ) -> None:
+        """places: node and process of each."""
         super().__init__(daemon=True, name="watch")
         self._workers = dict(workers)
+        self._places = places
         self._limit_s = hang_timeout_s
         self._done = threading.Event()
         self._asked: dict[str, tuple[Any, float]] = {}  # by name: the reference and when
-        self._places: dict[str, tuple[str, int]] = {}  # by name: node and process
 
-    def stop(self) -> None:
-        self._done.set()
-        self.join()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            self.join()
 
     def run(self) -> None:
         while not self._done.wait(min(self._limit_s / _LOOKS, _MAX_LOOK_S)):
@@ -80,14 +101,11 @@ class _Watch(threading.Thread):
             del self._asked[name]
             if _is_dead(ref):
                 del self._workers[name]
-            else:
-                self._places[name] = ray.get(ref)
         elif time.monotonic() - since > self._limit_s:
             del self._workers[name]
-            if name in self._places:
-                node, pid = self._places[name]
-                there = NodeAffinitySchedulingStrategy(node, soft=False)
-                _end.options(scheduling_strategy=there).remote(pid)
+            node, pid = self._places[name]
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            _end.options(scheduling_strategy=there).remote(pid)
 
 
 def _is_dead(ref: Any) -> bool:

@@ -1,7 +1,7 @@
 """Opens all pools of a run: their places, their workers, what they tell one another before the first step."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from opd_ray.routing import max_response_tokens, teachers_of
 from opd_ray.weight_sync import chosen_sync
 from workers.colocated import ColocatedLearner
 from workers.fleet import Berth
-from workers.health import watched
+from workers.health import starting, watched
 from workers.learner.fleet import RayLearner
 from workers.learner.objective import ObjectiveSetup
 from workers.learner.worker import LearnerWorker
@@ -54,40 +54,41 @@ def open_fleets(
 
     prompt_tokens: of the longest prompt that each teacher reads, by its name.
     """
-    berths = _berths(config, log_dir=log_dir)
-    rollout = _rollout(config, berth=berths["rollout"], worker_class=classes.rollout)
-    teachers = _teachers(
-        config,
-        berths=berths,
-        vocab_size=vocab_size,
-        ids=ids,
-        prompt_tokens=prompt_tokens,
-        worker_class=classes.teacher,
-    )
-    by_name = teachers_of(config).by_name
-    learner = RayLearner(
-        config=config.learner,
-        berth=berths["learner"],
-        arguments=learner_arguments(
-            config,
-            teacher_paths={name: teacher.path for name, teacher in by_name.items() if head_is_read(config, teacher)},
-            vocab_size=vocab_size,
-            ids=ids,
-        ),
-        worker_class=classes.learner,
-    )
-    fleets: list[RayRolloutFleet | RayTeacherFleet | RayLearner] = [rollout, *teachers.values(), learner]
-    try:
-        for fleet in fleets:
-            fleet.wait_ready()
-        learner.connect(rollout.workers)
+    with ExitStack() as stack:
+        berths = _berths(config, log_dir=log_dir)
+        # It also ends the workers that lie in it, should not all pools come to be.
+        stack.callback(remove_placement_group, berths["rollout"].placement_group)
+        with starting():
+            rollout = _rollout(config, berth=berths["rollout"], worker_class=classes.rollout)
+            teachers = _teachers(
+                config,
+                berths=berths,
+                vocab_size=vocab_size,
+                ids=ids,
+                prompt_tokens=prompt_tokens,
+                worker_class=classes.teacher,
+            )
+            learner = RayLearner(
+                config=config.learner,
+                berth=berths["learner"],
+                arguments=learner_arguments(config, teacher_paths=_heads_read(config), vocab_size=vocab_size, ids=ids),
+                worker_class=classes.learner,
+            )
+            fleets: list[RayRolloutFleet | RayTeacherFleet | RayLearner] = [rollout, *teachers.values(), learner]
+            for fleet in fleets:
+                stack.callback(fleet.close)
+            for fleet in fleets:
+                fleet.wait_ready()
+            learner.connect(rollout.workers)
         workers = {f"{role}-{i}": worker for role, i, worker in _named(rollout, teachers, learner)}
         with watched(workers, hang_timeout_s=config.fault.hang_timeout_s):
             yield _fleets(config, rollout=rollout, teachers=teachers, learner=learner)
-    finally:
-        for fleet in fleets:
-            fleet.close()
-        remove_placement_group(berths["rollout"].placement_group)
+
+
+def _heads_read(config: Config) -> dict[str, str]:
+    """Return the paths of the teachers whose heads the learner reads, by name."""
+    by_name = teachers_of(config).by_name
+    return {name: teacher.path for name, teacher in by_name.items() if head_is_read(config, teacher)}
 
 
 def _named(

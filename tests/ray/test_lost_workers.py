@@ -90,14 +90,35 @@ def test_a_run_that_loses_a_worker_ends_with_the_weights_of_one_that_does_not(
         _wait_for_step(run_dir / "metrics.jsonl", 3, run)
         _worker(run, name).send_signal(sent)
 
-    output = _run(arguments, harm=harm)
+    _check_survived(_run(arguments, harm=harm), run_dir, lost=name, expected=undisturbed["weights"])
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "test"
+
+    def harm(run: subprocess.Popen[str]) -> None:
+        until = time.monotonic() + _WAIT_S
+        while not (run_dir / "logs" / "learner-0.log").exists():  # built in rollout's and the teacher's company
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        _worker(run, "learner-0").send_signal(signal.SIGKILL)
+
+    output = " ".join(_run(overrides("fault.backoff_s=0.1"), harm=harm).split())
+    assert "lost a worker at its start: all workers are started again in 0.1 s, from the start" in output
+    assert [line["step"] for line in _lines(run_dir / "metrics.jsonl")] == [0, 1, 2]
+
+
+def _check_survived(output: str, run_dir: Path, *, lost: str, expected: dict[str, torch.Tensor]) -> None:
     (event,) = [line for line in _lines(run_dir / "events.jsonl") if line["kind"] == "workers_restarted"]
-    assert event["message"].startswith(f"lost {name}: all workers are started again in 0.1 s, from the checkpoint of")
+    assert event["message"].startswith(f"lost {lost}: all workers are started again in 0.1 s, from the checkpoint of")
     assert "all workers are started again" in " ".join(output.split())
     steps = _lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in steps] == [0, 1, 2, 3, 4, 5, 6]
     assert max(line.get("fault/restarts", 0) for line in steps) == 1
     found = load_file(run_dir / "export" / "model.safetensors")
-    expected = undisturbed["weights"]
     assert found.keys() == expected.keys()
     assert [tensor for tensor in expected if not torch.equal(found[tensor], expected[tensor])] == []

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.ray
 _LEAST_SHARE = 0.85  # of each teacher's accuracy
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_student_of_two_teachers_comes_near_each_of_them(tmp_path: Path) -> None:
     models = [f"{key}.path={tmp_path}/{key}" for key in ("student", "teachers.sort", "teachers.copy")]

@@ -17,7 +17,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"{key}.path={folder}/{key}" for key in ("student", "teacher")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("more", ["max_staleness=1", "max_staleness=2"])
 def test_the_student_comes_as_near_its_teacher_with_batches_ahead(tmp_path: Path, models: list[str], more: str) -> None:

@@ -88,6 +88,7 @@ def run_saved(loop: Loop, *, step: int, checkpoints: DiskCheckpoints) -> None:
     CannotGoOn, says so after the cause."""
     try:
         loop.run(step)
+        checkpoints.settle()
     except CannotGoOn as cause:
         try:
             words = checkpoints.save_last(loop.fleets.learner, loop.fleets.teacher, loop.window)

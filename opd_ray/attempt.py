@@ -1,6 +1,6 @@
 """One try at a run: its pools are opened, a state is restored, the loop runs to its end, the student is exported."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from opd_ray.pipeline_log import PipelineLog
 from opd_ray.plan import Plan
 from opd_ray.protocol import Metrics
 from opd_ray.quarantine import DiskQuarantine
+from opd_ray.recovery import Replacements
 from opd_ray.replay import prepare_recording
 from opd_ray.sinks import Sink, wandb_run_id
 from opd_ray.state import RunDir
@@ -32,6 +33,7 @@ class Run:
     checkpoints: DiskCheckpoints
     sinks: list[Sink]
     stoppable: Callable[[], AbstractContextManager[object]]
+    replacements: Replacements
 
 
 def attempt(run: Run, *, step: int, measured: Metrics) -> RunTracker:
@@ -43,12 +45,13 @@ def attempt(run: Run, *, step: int, measured: Metrics) -> RunTracker:
     prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)
     with ExitStack() as stack:
         with console.phase("start workers"):
-            fleets = stack.enter_context(_open_fleets(config, plan))
+            fleets = stack.enter_context(_open_fleets(config, plan, restarted=run.replacements.add))
             checkpoints.restore(step, fleets.learner, fleets.teacher)
         training = stack.enter_context(_training_fleets(config, fleets, console=console))
         with console.progress_phase("train", num_steps=config.num_steps, done=step) as line:
-            tracker = _open_tracker(config, run_dir, step=step, sinks=run.sinks, line=line, measured=measured)
+            tracker = _open_tracker(run, step=step, line=line, measured=measured)
             checkpoints.saved = _kept(config, tracker)
+            checkpoints.wait_saved = fleets.learner.wait_saved if config.async_save else None
             checkpoints.facts = {**checkpoints.facts, "wandb_run_id": wandb_run_id(run_dir)}
             loop = build_loop(
                 config,
@@ -72,27 +75,27 @@ def _kept(config: Config, tracker: RunTracker) -> Callable[[int, Path], None]:
     return lambda step, folder: tracker.keep("checkpoint", folder, step) if config.tracking.log_checkpoints else None
 
 
-def _open_tracker(
-    config: Config, run_dir: RunDir, *, step: int, sinks: Sequence[Sink], line: StepLine, measured: Metrics
-) -> RunTracker:
+def _open_tracker(run: Run, *, step: int, line: StepLine, measured: Metrics) -> RunTracker:
     return RunTracker(
-        run_dir,
+        run.run_dir,
         step=step,
-        num_samples=config.tracking.num_samples,
-        sinks=sinks,
+        num_samples=run.config.tracking.num_samples,
+        sinks=run.sinks,
         line=line,
         measured=measured,
-        pipeline=PipelineLog(config, run_dir.path),
+        counted=run.replacements.metrics,
+        pipeline=PipelineLog(run.config, run.run_dir.path),
     )
 
 
-def _open_fleets(config: Config, plan: Plan) -> AbstractContextManager[Fleets]:
+def _open_fleets(config: Config, plan: Plan, *, restarted: Callable[[str], None]) -> AbstractContextManager[Fleets]:
     return workers.open_fleets(
         config,
         vocab_size=plan.models.vocab_size,
         ids=plan.ids,
         prompt_tokens=plan.prompt_tokens,
         log_dir=RunDir.of(config).logs,
+        restarted=restarted,
     )
 
 

@@ -1,7 +1,9 @@
 """Owns a run's checkpoints: written beside their place, sealed by a manifest, renamed into it; checked when read."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,79 @@ class DiskCheckpoints:
     max_failed_saves: int = 0  # in a row that a run goes on after
     saved: Callable[[int, Path], None] = lambda *_: None  # told of every checkpoint
     warn: Callable[[str, str], None] = lambda *_: None  # told of what befell one: words, and the kind of event
+    wait_saved: Callable[[], None] | None = None  # asynchronous: waits for what the parts have left to be written
     _num_failed: int = 0
+    _pending: tuple[int, Future[None]] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
 
     def save(self, step: int, *parts: Lasting) -> None:
-        """Write the state after update `step`, or go on without. Raises CannotGoOn when too many failed in a row."""
+        """Write the state after update `step`, or go on without. Raises CannotGoOn when too many failed in a row.
+
+        Asynchronous: return once the parts are copied; the next call or `settle` tells whether that came to be whole.
+        """
+        self.settle()
+        if self.wait_saved is None:
+            self._counted(step, lambda: self.write(step, *parts))
+        else:
+            self._counted(step, lambda: self._start(step, *parts))
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if one is. Raises CannotGoOn as `save`."""
+        if self._pending is not None:
+            (step, written), self._pending = self._pending, None
+            self._counted(step, written.result)
+            if self.path(step).exists():
+                self._keep(step)
+
+    def forget(self) -> None:
+        """Leave the checkpoint that is being written unfinished: who writes it is gone."""
+        if self._pending is not None:
+            (_, written), self._pending = self._pending, None
+            wait([written])
+
+    def write(self, step: int, *parts: Lasting) -> None:
+        """Write the state after update `step`, then remove the oldest. Raises OSError and leaves what was there."""
+        self._begin(step, *parts)
+        self._finish(step)
+        self._keep(step)
+
+    def _start(self, step: int, *parts: Lasting) -> None:
+        self._begin(step, *parts)
+        self._pending = step, self._thread.submit(self._finish, step)
+
+    def _begin(self, step: int, *parts: Lasting) -> None:
+        partial = self._partial(step)
+        with self._cleared(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for part in parts:
+                part.save(str(partial))
+
+    def _finish(self, step: int) -> None:
+        partial = self._partial(step)
+        with self._cleared(partial):
+            if self.wait_saved is not None:
+                self.wait_saved()
+            seal(partial, {"step": step, **self.facts})
+            self._put(partial, self.path(step))
+
+    def _keep(self, step: int) -> None:
+        for old in sorted(_steps(self.folder))[: -self.keep or None] if self.keep else ():
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        self.saved(step, self.path(step))
+
+    @contextmanager
+    def _cleared(self, partial: Path) -> Iterator[None]:
+        """Within, what is unfinished is removed when it stays so."""
         try:
-            self.write(step, *parts)
+            yield
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _counted(self, step: int, write: Callable[[], None]) -> None:
+        try:
+            write()
         except OSError as fault:
             self._num_failed += 1
             words = f"the checkpoint of update {step} could not be written: {_words(fault)}"
@@ -37,27 +106,12 @@ class DiskCheckpoints:
             newest = max(_steps(self.folder), default=0)
             self.warn(f"{words}; the newest that there is: {newest or 'none'}", "checkpoint_failed")
         else:
-            self._num_failed = 0
-
-    def write(self, step: int, *parts: Lasting) -> None:
-        """Write the state after update `step`, then remove the oldest. Raises OSError and leaves what was there."""
-        final, partial = self.path(step), self.folder / f".{_name(step)}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            for part in parts:
-                part.save(str(partial))
-            seal(partial, {"step": step, **self.facts})
-            self._put(partial, final)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in sorted(_steps(self.folder))[: -self.keep or None] if self.keep else ():
-            shutil.rmtree(self.path(old), ignore_errors=True)
-        self.saved(step, final)
+            if self._pending is None:
+                self._num_failed = 0
 
     def save_last(self, learner: Learner, *others: Lasting) -> str:
         """Write the state after the learner's last update, unless it is there; return what a person is told of it."""
+        self.settle()
         step = learner.version
         if step == 0:
             return "no update was finished, resume=auto starts again"
@@ -93,6 +147,9 @@ class DiskCheckpoints:
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
         return self.folder / _name(step)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".{_name(step)}.partial"
 
     def _put(self, partial: Path, final: Path) -> None:
         replaced = final.with_name(f".{final.name}.replaced")

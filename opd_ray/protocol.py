@@ -232,11 +232,9 @@ class Lasting(Protocol):
 
     def save(self, folder: str) -> None:
         """Write it into a checkpoint's folder."""
-        ...
 
     def restore(self, folder: str) -> None:
         """Load what `save` has written."""
-        ...
 
 
 class RolloutFleet(Protocol):
@@ -244,19 +242,15 @@ class RolloutFleet(Protocol):
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
         """Dispatch requests; return at once."""
-        ...
 
     def load(self, weights: WeightBundle) -> Metrics:
         """Give every worker a new version of the student; return timings."""
-        ...
 
     def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
         """Wait for groups and return their summaries, in order."""
-        ...
 
     def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:
         """Wait until as many groups are finished and return their positions, ascending."""
-        ...
 
 
 class TeacherFleet(Lasting, Protocol):
@@ -264,15 +258,12 @@ class TeacherFleet(Lasting, Protocol):
 
     def score(self, groups: Sequence[GroupHandle], request: ScoreRequest) -> list[ScoreHandle]:
         """Dispatch scoring of groups, finished or not; return at once."""
-        ...
 
     def summaries(self, scores: Sequence[ScoreHandle]) -> list[ScoreSummary]:
         """Wait for scores and return their summaries, in order. Raises CannotGoOn when a teacher is gone."""
-        ...
 
     def follow(self, weights: WeightBundle) -> Metrics:
         """Show a new version of the student to teachers that are made of it; return timings."""
-        ...
 
 
 class Learner(Lasting, Protocol):
@@ -281,20 +272,18 @@ class Learner(Lasting, Protocol):
     @property
     def version(self) -> int:
         """Return the version last published: while a batch is waited for, the number of updates taken."""
-        ...
 
     def update(self, batch: Batch) -> Metrics:
         """Wait for the batch, take one optimizer update, return the step's metrics (`train/*`, `distill/*`, ...)."""
-        ...
 
     def publish(self, version: int) -> WeightBundle:
         """Put the current weights into the object store under a version."""
-        ...
+
+    def wait_saved(self) -> None:
+        """Wait until what the last `save` left to be written is. Raises OSError when it cannot be."""
 
     def compare(self, batch: Batch) -> Comparison:
         """Return how the student stands to the teacher: KL(student || teacher), exact on hidden states only."""
-        ...
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (safetensors and tokenizer)."""
-        ...

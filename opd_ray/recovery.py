@@ -1,10 +1,16 @@
-"""The budget of restarts: how often a run opens its pools anew after the loss of a worker, and how long it waits."""
+"""The budget of restarts: how often a run opens its pools anew after the loss of a worker, and how long it waits.
+
+And the count of workers that were started anew in their place, without that.
+"""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from opd_ray.config.schema import Config
 from opd_ray.config.services import FaultConfig
+from opd_ray.protocol import Metrics
+from opd_ray.routing import max_response_tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,3 +39,36 @@ class Restarts:
             "workers_restarted",
         )
         self.sleep(delay_s)
+
+
+def with_half_micro_batches(config: Config, *, cause: Exception, warn: Callable[[str, str], None]) -> Config:
+    """Return the configuration with micro-batches of half the tokens, or of the longest sequence: the same gradients.
+
+    Raises the cause when they hold no more than that already.
+    """
+    limit = config.learner.max_tokens_per_micro_batch
+    lower = max(limit // 2, config.data.max_prompt_tokens + max_response_tokens(config))
+    if lower >= limit:
+        raise cause
+    warn(
+        f"a learner rank had too little memory: learner.max_tokens_per_micro_batch={lower} now, {limit} before",
+        "micro_batches_halved",
+    )
+    return replace(config, learner=replace(config.learner, max_tokens_per_micro_batch=lower))
+
+
+@dataclass(slots=True, kw_only=True)
+class Replacements:
+    """Tells of workers that were started anew in their place while the run went on, and counts them."""
+
+    warn: Callable[[str, str], None]  # told words, and the kind of event
+    num_workers: int = 0
+
+    def add(self, name: str) -> None:
+        """Tell of a worker."""
+        self.num_workers += 1
+        self.warn(f"{name} was gone: it is started again in its place, and does again what it owed", "worker_restarted")
+
+    def metrics(self) -> Metrics:
+        """Return the count."""
+        return {"fault/restarted_workers": float(self.num_workers)}

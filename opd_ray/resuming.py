@@ -16,7 +16,16 @@ from opd_ray.scores.manifest import vocabulary_key
 from opd_ray.state import RunDir
 from opd_ray.versions import versions
 
-_FREE = ("resume", "num_steps", "save_every", "save_total_limit", "max_failed_saves", "eval_every", "runs_dir")
+_FREE = (
+    "resume",
+    "num_steps",
+    "save_every",
+    "save_total_limit",
+    "async_save",
+    "max_failed_saves",
+    "eval_every",
+    "runs_dir",
+)
 _MAX_SHOWN = 5
 
 

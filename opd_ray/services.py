@@ -26,15 +26,12 @@ class Quarantine(Protocol):
     @property
     def where(self) -> str:
         """Return where they are."""
-        ...
 
     def add(self, group: BadGroup) -> None:
         """Record a group."""
-        ...
 
     def warn(self, message: str) -> None:
         """Tell what follows from bad groups."""
-        ...
 
 
 class Window(Lasting, Protocol):
@@ -42,15 +39,12 @@ class Window(Lasting, Protocol):
 
     def fill(self, step: int) -> None:
         """Start as many groups as may be in flight while update `step` is waited for."""
-        ...
 
     def take(self, step: int) -> tuple[Batch, Metrics]:
         """Return what update `step` learns from, finished or not."""
-        ...
 
     def release(self) -> None:
         """Forget the groups taken last: they are learned from."""
-        ...
 
 
 class Screen(Protocol):
@@ -61,7 +55,6 @@ class Screen(Protocol):
 
         Raises CannotGoOn when too many groups are bad, or a teacher is gone.
         """
-        ...
 
 
 class Tracker(Protocol):
@@ -69,7 +62,6 @@ class Tracker(Protocol):
 
     def passed(self, phase: str) -> None:
         """Note that the time since the last note went into a phase: wait, learn or publish."""
-        ...
 
     def log(
         self,
@@ -79,15 +71,12 @@ class Tracker(Protocol):
         scored: Sequence[ScoreSummary] = (),
     ) -> None:
         """Record the metrics of an update, its samples, and who worked when."""
-        ...
 
     def compare(self, step: int, by_task: Mapping[str, Comparison]) -> None:
         """Record how student and teacher stand to one another at an evaluation's samples."""
-        ...
 
     def holds(self, step: int) -> bool:
         """Whether a step has been recorded, by this process or by the one that it resumes."""
-        ...
 
 
 class PromptSource(Protocol):
@@ -95,11 +84,9 @@ class PromptSource(Protocol):
 
     def batch(self, step: int) -> Sequence[Prompt]:
         """Return the prompts of update `step`."""
-        ...
 
     def replacement(self, step: int, *, position: int, attempt: int) -> Prompt:
         """Return another prompt of the same task for a position of that batch; attempts count from 1."""
-        ...
 
 
 class Evaluator(Protocol):
@@ -107,7 +94,6 @@ class Evaluator(Protocol):
 
     def evaluate(self, version: int) -> Metrics:
         """Return `eval/*` metrics of the student at a version."""
-        ...
 
 
 class Checkpoints(Protocol):
@@ -115,4 +101,3 @@ class Checkpoints(Protocol):
 
     def save(self, step: int, *parts: Lasting) -> None:
         """Write the state after update `step`."""
-        ...

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ class RunTracker:
         sinks: Sequence[Sink],
         line: StepLine,
         measured: Metrics = MappingProxyType({}),  # before the first step, and logged with it
+        counted: Callable[[], Metrics] = dict,  # since the process started, logged with every step
         pipeline: PipelineLog | None = None,
     ) -> None:
         self._steps = {line["step"] for line in _kept_lines(run_dir.path / "metrics.jsonl", step=step)}
@@ -46,6 +47,7 @@ class RunTracker:
         self._sinks = sinks
         self._line = line
         self._measured = dict(measured)
+        self._counted = counted
         self._mismatch = MismatchWatch()
         self._pipeline = pipeline
         self._last = time.perf_counter()
@@ -63,7 +65,7 @@ class RunTracker:
         scored: Sequence[ScoreSummary] = (),
     ) -> None:
         """Record a step in every place: one line of metrics.jsonl."""
-        record = {"step": step, **self._measured, **metrics}
+        record = {"step": step, **self._measured, **metrics, **self._counted()}
         self._measured = {}
         if summaries:
             record |= rollout_metrics(summaries) | self._rates(metrics, summaries)

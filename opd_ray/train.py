@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,7 +33,7 @@ from opd_ray.metrics import summarise
 from opd_ray.plan import Plan, plan_run
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, Metrics
-from opd_ray.recovery import Restarts
+from opd_ray.recovery import Replacements, Restarts, with_half_micro_batches
 from opd_ray.resuming import open_checkpoints
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.sinks import Sink, open_sinks
@@ -78,6 +79,7 @@ def train(config: Config, console: RunConsole) -> Metrics:
             checkpoints=checkpoints,
             sinks=sinks,
             stoppable=stop.stoppable,
+            replacements=Replacements(warn=_warner(run_dir, console)),
         )
         tracker = _survived(run, step=step, gaps=gaps, warn=_warner(run_dir, console))
     history = tracker.history
@@ -97,6 +99,9 @@ def _survived(run: Run, *, step: int, gaps: Metrics, warn: Callable[..., None]) 
         try:
             return attempt(run, step=step, measured={**gaps, "fault/restarts": float(restarts.total)})
         except workers.WorkerLost as loss:
+            if isinstance(loss, workers.LearnerOutOfMemory):
+                run = replace(run, config=with_half_micro_batches(run.config, cause=loss.cause, warn=warn))
+            run.checkpoints.forget()
             step = run.checkpoints.newest()
             restarts.after(loss, cause=loss.cause, step=step)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import ray
 
 from opd_ray.config.schema import Config
-from workers.health import WorkerLost
+from workers.health import LearnerOutOfMemory, WorkerLost
 from workers.measuring import learner_alone, model_sampler, reference_logprobs, teacher_sampler, teacher_scorer
 from workers.opening import WorkerClasses, open_fleets
 from workers.placement import capacity, check_capacity, connect, is_local, pools, totals
@@ -15,6 +15,7 @@ from workers.scores import check_replay, head_keys, training_fleets
 from workers.teacher.fleet import check_teachers
 
 __all__ = [
+    "LearnerOutOfMemory",
     "WorkerClasses",
     "WorkerLost",
     "capacity",

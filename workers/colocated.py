@@ -16,11 +16,9 @@ class SleepingFleet(Protocol):
 
     def sleep(self) -> None:
         """Give it back; all that was asked of the pool must be answered. Harmless while it sleeps."""
-        ...
 
     def wake(self) -> None:
         """Take it again. Raises RayError when an engine cannot, or is not what it was."""
-        ...
 
 
 class SleepingRollout(RolloutFleet, SleepingFleet, Protocol):
@@ -32,7 +30,6 @@ class SharingLearner(Learner, Protocol):
 
     def release_memory(self) -> None:
         """Give back what is kept for later."""
-        ...
 
 
 class ColocatedLearner:
@@ -89,6 +86,10 @@ class ColocatedLearner:
     def save(self, folder: str) -> None:
         """Write a checkpoint."""
         self._learner.save(folder)
+
+    def wait_saved(self) -> None:
+        """Wait until the last checkpoint is written."""
+        self._learner.wait_saved()
 
     def restore(self, folder: str) -> None:
         """Load a checkpoint."""

@@ -52,14 +52,17 @@ class Berth:
         return self.first_bundle + (0 if self.one_bundle else index)
 
 
-def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concurrent: bool) -> list[Any]:
+def spawn(
+    worker_class: type, *, berth: Berth, arguments: dict[str, Any], concurrent: bool, max_restarts: int = 0
+) -> list[Any]:
     """Start a pool's actors with the same arguments and return their handles at once.
 
     A concurrent worker has an async interface and takes all calls as they come; another takes them in order.
+    max_restarts: how often Ray starts one that is gone anew, in its place; it then gets what it owes once more.
     """
     # A worker that takes its calls in order gives its sign of life beside them.
     remote = ray.remote if concurrent else ray.remote(concurrency_groups={_HEALTH: 1})
-    sign = pulse if concurrent else ray.method(concurrency_group=_HEALTH)(_pulse_beside)
+    sign = _pulse_among if concurrent else _pulse_beside
     return [
         remote(_logged(worker_class, berth.log_file(index), pulse=sign))
         .options(
@@ -71,6 +74,7 @@ def spawn(worker_class: type, *, berth: Berth, arguments: dict[str, Any], concur
                 placement_group=berth.placement_group, placement_group_bundle_index=berth.bundle(index)
             ),
             **({"max_concurrency": _MAX_CONCURRENT_CALLS} if concurrent else {}),
+            **({"max_restarts": max_restarts, "max_task_retries": -1} if max_restarts else {}),
         )
         .remote(**arguments)
         for index in range(berth.pool.num_workers)
@@ -123,6 +127,13 @@ def _logged(worker_class: type, log_file: Path, *, pulse: Any = pulse) -> type:
     return type(worker_class.__name__, (worker_class,), {"__init__": build, "__repr__": lambda _: name, "pulse": pulse})
 
 
+# Ray's decorator marks the function itself: each has one of its own. A pulse that is owed is not asked for again.
+@ray.method(max_task_retries=0)
+def _pulse_among(worker: object) -> tuple[str, int]:
+    return pulse(worker)
+
+
+@ray.method(max_task_retries=0, concurrency_group=_HEALTH)
 def _pulse_beside(worker: object) -> tuple[str, int]:
     return pulse(worker)
 

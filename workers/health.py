@@ -1,15 +1,15 @@
-"""Sees workers that are gone, and ends those that hang: one that gives no sign of life in time is treated as dead."""
+"""Sees workers that are gone or started anew, and ends those that hang: one that is silent for too long is dead."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.lane import DUMP_SIGNAL
@@ -17,7 +17,12 @@ from workers.lane import DUMP_SIGNAL
 _ANSWER_S = 10.0  # for a sign of life once something has failed
 _DUMP_S = 2.0  # for a hung process to write its stacks
 _LOOKS = 8  # in the time that a worker may be silent
-_MAX_LOOK_S = 15.0
+_MAX_LOOK_S = 2.0
+_Place = tuple[str, int]  # node and process
+_UNNAMED = {  # what is lost with a fault that all workers answer after
+    ActorUnavailableError: ["a worker for a moment"],
+    GetTimeoutError: ["the answer of a worker, for fault.call_timeout_s"],
+}
 
 
 class WorkerLost(RuntimeError):
@@ -29,19 +34,34 @@ class WorkerLost(RuntimeError):
         self.cause = cause
 
 
+class LearnerOutOfMemory(WorkerLost):
+    """A rank had too little memory for a micro-batch; the others wait for it."""
+
+
 @contextmanager
-def watched(workers: Mapping[str, Any], *, hang_timeout_s: float) -> Iterator[None]:
+def watched(
+    workers: Mapping[str, Any], *, hang_timeout_s: float, restarted: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
     """Within, watch workers that are ready, by name.
 
+    restarted: is called, on a thread of its own, with one that Ray has started anew; again, should it raise RayError.
     Raises WorkerLost for a fault that came from the loss of some of them.
     """
+    places: list[_Place] = []
     try:
         places = ray.get([worker.pulse.remote() for worker in workers.values()])
-        watch = _Watch(workers, places=dict(zip(workers, places, strict=True)), hang_timeout_s=hang_timeout_s)
+        watch = _Watch(
+            workers,
+            places=dict(zip(workers, places, strict=True)),
+            hang_timeout_s=hang_timeout_s,
+            restarted=restarted,
+        )
         with watch.running():
             yield
     except RayError as fault:
-        if names := lost(workers):
+        if isinstance(fault, GetTimeoutError):
+            _dump(places)
+        if names := lost(workers) or _UNNAMED.get(type(fault), []):
             raise WorkerLost(names, cause=fault) from fault
         raise
 
@@ -65,18 +85,27 @@ def lost(workers: Mapping[str, Any]) -> list[str]:
 
 
 class _Watch(threading.Thread):
-    """Asks every worker for its pulse again and again, and kills one that owes it for too long."""
+    """Asks every worker for its pulse again and again, and kills one that owes it for too long.
+
+    While Ray starts one anew, which is bounded by nothing but the size of its model, it may owe its pulse.
+    """
 
     def __init__(
-        self, workers: Mapping[str, Any], *, places: Mapping[str, tuple[str, int]], hang_timeout_s: float
+        self,
+        workers: Mapping[str, Any],
+        *,
+        places: Mapping[str, _Place],
+        hang_timeout_s: float,
+        restarted: Callable[[str], None],
     ) -> None:
-        """places: node and process of each."""
         super().__init__(daemon=True, name="watch")
         self._workers = dict(workers)
-        self._places = places
+        self._places = dict(places)
         self._limit_s = hang_timeout_s
+        self._restarted = restarted
         self._done = threading.Event()
         self._asked: dict[str, tuple[Any, float]] = {}  # by name: the reference and when
+        self._starting: set[str] = set()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -99,26 +128,52 @@ class _Watch(threading.Thread):
         ref, since = self._asked[name]
         if ray.wait([ref], timeout=0)[0]:
             del self._asked[name]
-            if _is_dead(ref):
-                del self._workers[name]
-        elif time.monotonic() - since > self._limit_s:
+            self._take(name, ref)
+        elif time.monotonic() - since > self._limit_s and name not in self._starting:
+            self._starting.add(name)
+            _signal_there(self._places[name], end=True)
+
+    def _take(self, name: str, pulse: Any) -> None:
+        try:
+            place = ray.get(pulse)
+        except ActorDiedError:
             del self._workers[name]
-            node, pid = self._places[name]
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            _end.options(scheduling_strategy=there).remote(pid)
+        except RayActorError:
+            self._starting.add(name)
+        else:
+            self._starting.discard(name)
+            if place != self._places[name]:
+                with suppress(RayError):  # then it is looked at again
+                    self._restarted(name)
+                    self._places[name] = place
 
 
 def _is_dead(ref: Any) -> bool:
     try:
         ray.get(ref)
-    except RayActorError:
+    except ActorDiedError:
         return True
+    except RayActorError:  # Ray starts it anew
+        return False
     return False
 
 
+def _dump(places: Sequence[_Place]) -> None:
+    """Have all workers write their stacks into their logs."""
+    ray.wait([_signal_there(place, end=False) for place in places], num_returns=len(places), timeout=_ANSWER_S)
+
+
+def _signal_there(place: _Place, *, end: bool) -> Any:
+    node, pid = place
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return _signal.options(scheduling_strategy=there).remote(pid, end=end)
+
+
 @ray.remote(num_cpus=0)
-def _end(pid: int) -> None:
+def _signal(pid: int, *, end: bool) -> None:
     """Have a process write its stacks into its log if it still can, and end it. A stopped one ends as well."""
-    os.kill(pid, DUMP_SIGNAL)
-    time.sleep(_DUMP_S)
-    os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(pid, DUMP_SIGNAL)
+        time.sleep(_DUMP_S)
+        if end:
+            os.kill(pid, signal.SIGKILL)

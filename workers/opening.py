@@ -1,6 +1,6 @@
 """Opens all pools of a run: their places, their workers, what they tell one another before the first step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from ray.util.placement_group import remove_placement_group
 
 from opd_ray.config.schema import Config
+from opd_ray.config.weight_sync import WeightSync
 from opd_ray.controller import Fleets
-from opd_ray.requests import ObjectiveIds, head_is_read, score_request
+from opd_ray.requests import ObjectiveIds, follows_student, head_is_read, score_request
 from opd_ray.routing import max_response_tokens, teachers_of
 from opd_ray.weight_sync import chosen_sync
 from workers.colocated import ColocatedLearner
@@ -27,7 +28,9 @@ from workers.sync.choose import SyncPlan
 from workers.teacher.actor import TeacherActor
 from workers.teacher.fleet import RayTeacherFleet
 from workers.teacher.routed import RoutedTeachers
+from workers.waiting import waiting_at_most
 
+_MORE_S = 60.0  # a collective call is given up after whoever waits for its rank has given that up
 _Fleet = TypeVar("_Fleet", RayRolloutFleet, RayTeacherFleet, RayLearner)
 
 
@@ -41,7 +44,7 @@ class WorkerClasses:
 
 
 @contextmanager
-def open_fleets(
+def open_fleets(  # noqa: PLR0913 - what a run is made of, and whom it tells
     config: Config,
     *,
     vocab_size: int,
@@ -49,10 +52,12 @@ def open_fleets(
     prompt_tokens: Mapping[str, int],
     log_dir: Path,
     classes: WorkerClasses = WorkerClasses(),
+    restarted: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fleets]:
     """Start all workers, wait until they are ready, and end them on leaving.
 
-    prompt_tokens: of the longest prompt that each teacher reads, by its name.
+    prompt_tokens: of the longest prompt that each teacher reads, by its name. restarted: is told, on another thread,
+    the name of a worker that was started anew in its place while the others went on.
     """
     with ExitStack() as stack:
         berths = _berths(config, log_dir=log_dir)
@@ -72,6 +77,7 @@ def open_fleets(
                 config=config.learner,
                 berth=berths["learner"],
                 arguments=learner_arguments(config, teacher_paths=_heads_read(config), vocab_size=vocab_size, ids=ids),
+                async_save=config.async_save,
                 worker_class=classes.learner,
             )
             fleets: list[RayRolloutFleet | RayTeacherFleet | RayLearner] = [rollout, *teachers.values(), learner]
@@ -81,7 +87,16 @@ def open_fleets(
                 fleet.wait_ready()
             learner.connect(rollout.workers)
         workers = {f"{role}-{i}": worker for role, i, worker in _named(rollout, teachers, learner)}
-        with watched(workers, hang_timeout_s=config.fault.hang_timeout_s):
+
+        def take_back(name: str) -> None:
+            rollout.catch_up()
+            restarted(name)
+
+        fault = config.fault
+        with (
+            watched(workers, hang_timeout_s=fault.hang_timeout_s, restarted=take_back),
+            waiting_at_most(fault.call_timeout_s),
+        ):
             yield _fleets(config, rollout=rollout, teachers=teachers, learner=learner)
 
 
@@ -110,9 +125,20 @@ def _rollout(config: Config, *, berth: Berth, worker_class: type) -> RayRolloutF
         objective=config.objective,
         lora=config.student.lora.wanted,
         deterministic=config.deterministic,
+        max_restarts=config.fault.max_restarts if _can_restart(config, berth=berth) else 0,
         worker_class=worker_class,
     )
     return _in_turn(fleet, berth=berth)
+
+
+def _can_restart(config: Config, *, berth: Berth) -> bool:
+    """Whether a rollout worker can be started anew beside the others.
+
+    Not where it is in a group with the learner, where the order of all that its engine has done matters, or where
+    engines that share its GPU would have to make room.
+    """
+    in_object_store = chosen_sync(config) is WeightSync.object_store
+    return in_object_store and not config.deterministic and not berth.one_bundle
 
 
 def _teachers(
@@ -142,6 +168,7 @@ def _teachers(
             berth=berth,
             arguments={**arguments, "max_model_tokens": prompt_tokens[name] + response_tokens},
             groups_per_call=config.rollout.groups_per_call,
+            max_restarts=0 if follows_student(teacher) or berth.one_bundle else config.fault.max_restarts,
             worker_class=worker_class,
         )
         fleets[name] = _in_turn(fleet, berth=berth)
@@ -185,6 +212,7 @@ def learner_arguments(
         "deterministic": config.deterministic,
         "lora": config.student.lora.wanted,
         "sync": SyncPlan.of(config),
+        "collective_timeout_s": config.fault.call_timeout_s + _MORE_S,
     }
 
 

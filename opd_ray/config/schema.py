@@ -238,6 +238,7 @@ class Config:
     eval_every: int = 0  # 0: only before and after
     save_every: int = 0  # 0: no checkpoints, only the final export
     save_total_limit: int = 3  # the newest so many checkpoints are kept; 0: all
+    async_save: bool = False  # checkpoints are copied into the machine's memory and written while training goes on
     max_failed_saves: int = 3  # checkpoints in a row that cannot be written before the run ends
     resume: ResumePolicy = ResumePolicy.never
     runs_dir: str = "runs"

@@ -29,11 +29,9 @@ class Head(Protocol):
 
     def logits(self, rows: slice, hidden_ND: Tensor) -> Tensor:
         """Return logits [N,V] of the chunk's states; the next call may overwrite them."""
-        ...
 
     def backward(self, slope_NV: Tensor, hidden_ND: Tensor, weights_N: Tensor) -> Tensor:
         """Add the chunk's part to the head's gradient and return d sum(weights * loss) / d states [N,D]."""
-        ...
 
 
 class WholeHead:

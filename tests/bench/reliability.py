@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,34 @@ def reliability() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_script("end_to_end_setup.py", "larger", str(_NUM_UPDATES * _NUM_PROMPTS), name)
-        _run(folder, "whole")
-        yield from _checkpoints(folder / "runs" / "whole")
+        seconds = {
+            name: _step_s(_run(folder, name, *more))
+            for name, more in {
+                "none": ("save_every=0",),
+                "synchronous": (),
+                "asynchronous": ("async_save=true",),
+            }.items()
+        }
+        yield from _checkpoints(folder / "runs" / "synchronous", seconds)
         for worker in _LOST:
             yield Figure(part=_PART, name=f"{worker}_killed_to_next_update", value=_lost(folder, worker), unit="s")
 
 
-def _checkpoints(run_dir: Path) -> Iterator[Figure]:
-    """Yield what the checkpoints that are kept took, from the end of their update's publication."""
-    ends = {row["step"]: row["end"] for row in _rows(run_dir / "spans.jsonl")}
-    sealed = {int(path.parent.name[-6:]): path for path in run_dir.glob("checkpoints/step-*/MANIFEST.json")}
-    seconds = [path.stat().st_mtime - ends[step] for step, path in sealed.items()]
-    size = sum(file["bytes"] for file in json.loads(next(iter(sealed.values())).read_text())["files"].values())
-    steps = [row["time/step_s"] for row in _rows(run_dir / "metrics.jsonl") if "time/step_s" in row][1:]
-    save, step = statistics.median(seconds), statistics.median(steps)
-    yield Figure(part=_PART, name="checkpoint", value=save, unit="s")
+def _step_s(run_dir: Path) -> float:
+    """Return the median time of a step, with the checkpoint before it."""
+    return statistics.median([row["time/step_s"] for row in _rows(run_dir / "metrics.jsonl")[3:]])
+
+
+def _checkpoints(run_dir: Path, step_s: Mapping[str, float]) -> Iterator[Figure]:
+    """Yield the size of a checkpoint, and what one in every step adds to it. step_s: of runs, by their saves."""
+    manifest = next(run_dir.glob("checkpoints/step-*/MANIFEST.json"))
+    size = sum(file["bytes"] for file in json.loads(manifest.read_text())["files"].values())
     yield Figure(part=_PART, name="checkpoint_size", value=size / 1e6, unit="MB")
-    yield Figure(part=_PART, name="checkpoint_share", value=save / step, unit="of a step with one")
+    yield Figure(part=_PART, name="step_without_checkpoint", value=step_s["none"], unit="s")
+    for kind in ("synchronous", "asynchronous"):
+        added = step_s[kind] - step_s["none"]
+        yield Figure(part=_PART, name=f"{kind}_checkpoint", value=added, unit="s more a step")
+        yield Figure(part=_PART, name=f"{kind}_checkpoint_share", value=added / step_s[kind], unit="of a step with one")
 
 
 def _lost(folder: Path, worker: str) -> float:
@@ -60,12 +71,12 @@ def _lost(folder: Path, worker: str) -> float:
             killed_at.append(time.time())
 
     run_dir = _run(folder, worker, each_look=kill)
-    (event,) = [row for row in _rows(run_dir / "events.jsonl") if row["kind"] == "workers_restarted"]
+    (event,) = [row for row in _rows(run_dir / "events.jsonl") if row["kind"].endswith("_restarted")]
     ends = [row["end"] for row in _rows(run_dir / "spans.jsonl")]
     return min(end for end in ends if end > event["time"]) - killed_at[0]
 
 
-def _run(folder: Path, name: str, *, each_look: Any = lambda *_: None) -> Path:
+def _run(folder: Path, name: str, *more: str, each_look: Any = lambda *_: None) -> Path:
     """Run a job to its end and return its run dir. each_look: is called again and again with the process meanwhile."""
     command = [
         *(sys.executable, "-m", "opd_ray.train", f"name={name}", f"runs_dir={folder}/runs", "save_every=1"),
@@ -74,6 +85,7 @@ def _run(folder: Path, name: str, *, each_look: Any = lambda *_: None) -> Path:
         *("eval.num_prompts=2", "eval.samples_per_prompt=1", "data.max_prompt_tokens=32", "learner.num_ranks=2"),
         *(f"num_steps={_NUM_UPDATES}", f"batch.num_prompts={_NUM_PROMPTS}", "rollout.samples_per_prompt=1"),
         *("rollout.max_response_tokens=64", "save_total_limit=0", "fault.backoff_s=0"),
+        *more,
     ]
     run_dir, until = folder / "runs" / name, time.monotonic() + _MAX_S
     with subprocess.Popen(

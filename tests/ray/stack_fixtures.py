@@ -20,13 +20,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     def build(*, seed: int = 0, hidden_size: int = 64, tied: bool = False) -> str:
         folder = root / f"seed{seed}-width{hidden_size}-tied{tied}"
         if not folder.exists():
-            _write_model(folder, seed=seed, hidden_size=hidden_size, tied=tied)
+            write_model(folder, seed=seed, hidden_size=hidden_size, tied=tied)
         return str(folder)
 
     return build
 
 
-def _write_model(folder: Path, *, seed: int, hidden_size: int, tied: bool) -> None:
+def write_model(folder: Path, *, seed: int, hidden_size: int, tied: bool) -> None:
+    """Write a random model of two layers, and its tokenizer."""
     tokenizer = build_tokenizer()
     config = Qwen3Config(
         vocab_size=32,
@@ -56,28 +57,33 @@ def overrides(tmp_path: Path, model_folder: ModelFolder) -> Callable[..., list[s
     """Return a function that gives the overrides of a run: two steps on random models, in a runs folder of its own."""
 
     def build(*more: str) -> list[str]:
-        return [
-            "name=test",
-            "num_steps=2",
-            f"runs_dir={tmp_path}/runs",
-            f"student.path={model_folder(seed=1)}",
-            f"teacher.path={model_folder(seed=2, hidden_size=128)}",
-            "data.task=sort",
-            "data.num_prompts=64",
-            "data.max_prompt_tokens=24",
-            "batch.num_prompts=4",
-            "rollout.samples_per_prompt=2",
-            "rollout.max_response_tokens=8",
-            "objective=full",
-            "learner.num_ranks=2",
-            "learner.lr=0.01",
-            "learner.max_tokens_per_micro_batch=64",
-            "eval.num_prompts=4",
-            "tracking=none",
-            *more,
-        ]
+        student, teacher = model_folder(seed=1), model_folder(seed=2, hidden_size=128)
+        return [*run_overrides(tmp_path / "runs", student=student, teacher=teacher), *more]
 
     return build
+
+
+def run_overrides(runs_dir: Path, *, student: str, teacher: str) -> list[str]:
+    """Return the overrides of a run: two steps on tiny models."""
+    return [
+        "name=test",
+        "num_steps=2",
+        f"runs_dir={runs_dir}",
+        f"student.path={student}",
+        f"teacher.path={teacher}",
+        "data.task=sort",
+        "data.num_prompts=64",
+        "data.max_prompt_tokens=24",
+        "batch.num_prompts=4",
+        "rollout.samples_per_prompt=2",
+        "rollout.max_response_tokens=8",
+        "objective=full",
+        "learner.num_ranks=2",
+        "learner.lr=0.01",
+        "learner.max_tokens_per_micro_batch=64",
+        "eval.num_prompts=4",
+        "tracking=none",
+    ]
 
 
 @pytest.fixture(autouse=True)

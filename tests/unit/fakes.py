@@ -154,6 +154,9 @@ class FakeLearner:
         self.events.append(("save", folder))
         Path(folder, "weights").write_text("whole")
 
+    def wait_saved(self) -> None:
+        self.events.append(("saved", self.version))
+
     def restore(self, folder: str) -> None:
         self.events.append(("restore", folder))
 

@@ -3,6 +3,7 @@ import io
 import itertools
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,66 @@ def in_a_child_killed_at(n: int, act: Callable[[], None]) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def asynchronous(folder: Path, wait_saved: Callable[[], None]) -> tuple[DiskCheckpoints, list[tuple[str, str]]]:
+    checkpoints, told = written(folder, max_failed_saves=1, keep=2)
+    checkpoints.wait_saved = wait_saved
+    return checkpoints, told
+
+
+def test_an_asynchronous_checkpoint_is_there_once_its_writers_are_done_and_not_before(tmp_path: Path):
+    done, kept = threading.Event(), []
+    checkpoints, told = asynchronous(tmp_path, lambda: None if done.wait(30) else pytest.fail("not waited for"))
+    checkpoints.saved = lambda step, folder: kept.append((step, folder.name))
+    checkpoints.save(1, FakeLearner([]))
+    assert names(tmp_path) == [".step-000001.partial"]
+    assert checkpoints.newest() == 0
+    done.set()
+    checkpoints.settle()
+    assert names(tmp_path) == ["step-000001"]
+    assert damage(tmp_path / "step-000001") == ""
+    assert kept == [(1, "step-000001")]
+    for step in (2, 3):
+        checkpoints.save(step, FakeLearner([]))
+    checkpoints.settle()
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    assert told == []
+
+
+def test_an_asynchronous_save_that_fails_is_told_of_by_the_next_and_too_many_end_the_run(tmp_path: Path):
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    checkpoints, told = asynchronous(tmp_path, full)
+    checkpoints.save(1, FakeLearner([]))
+    checkpoints.save(2, FakeLearner([]))
+    assert [kind for kind, _ in told] == ["checkpoint_failed"]
+    assert "update 1 could not be written: no space left" in told[0][1]
+    with pytest.raises(CannotGoOn, match="update 2 could not be written"):
+        checkpoints.settle()
+    assert names(tmp_path) == []
+
+
+def test_what_is_being_written_when_its_writer_is_lost_is_forgotten(tmp_path: Path):
+    def lost() -> None:
+        raise RuntimeError("the actor died")
+
+    checkpoints, told = asynchronous(tmp_path, lambda: None)
+    checkpoints.save(1, FakeLearner([]))
+    checkpoints.settle()
+    checkpoints.wait_saved = lost
+    checkpoints.save(2, FakeLearner([]))
+    checkpoints.forget()
+    assert checkpoints.newest() == 1
+    assert names(tmp_path) == ["step-000001"]
+    assert told == []
+
+
+def test_the_last_state_is_written_after_the_one_under_way(tmp_path: Path):
+    order: list[str] = []
+    checkpoints, _ = asynchronous(tmp_path, lambda: order.append("waited"))
+    checkpoints.save(6, FakeLearner([], version=6))
+    checkpoints.save_last(FakeLearner([], version=7))
+    assert order == ["waited", "waited"]
+    assert names(tmp_path) == ["step-000006", "step-000007"]

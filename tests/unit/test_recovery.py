@@ -1,7 +1,11 @@
-import pytest
+from dataclasses import replace
 
+import pytest
+from helpers import compose_config
+
+from opd_ray.config.schema import Config
 from opd_ray.config.services import FaultConfig
-from opd_ray.recovery import Restarts
+from opd_ray.recovery import Replacements, Restarts, with_half_micro_batches
 
 
 class Lost(RuntimeError):
@@ -64,3 +68,36 @@ def test_no_restarts_means_that_the_first_loss_ends_the_run_with_its_own_cause()
 def test_a_wrong_setting_is_named(key: str, value: float):
     with pytest.raises(ValueError, match=f"fault.{key}={value}: expected"):
         FaultConfig(**{key: value})
+
+
+def test_workers_that_are_started_anew_in_their_place_are_told_of_and_counted():
+    told: list[tuple[str, str]] = []
+    made = Replacements(warn=lambda words, kind: told.append((kind, words)))
+    assert made.metrics() == {"fault/restarted_workers": 0}
+    made.add("teacher-0")
+    made.add("rollout-1")
+    assert made.metrics() == {"fault/restarted_workers": 2}
+    assert [kind for kind, _ in told] == ["worker_restarted"] * 2
+    assert told[1][1].startswith("rollout-1 was gone")
+
+
+def test_too_little_memory_halves_the_micro_batches_down_to_the_longest_sequence():
+    told: list[tuple[str, str]] = []
+    config = compose_config(["experiment=demo", "learner.max_tokens_per_micro_batch=1000"])
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    cause = MemoryError("the rank's own words")
+
+    def halved(before: Config) -> Config:
+        return with_half_micro_batches(before, cause=cause, warn=lambda words, kind: told.append((kind, words)))
+
+    once = halved(config)
+    assert once.learner.max_tokens_per_micro_batch == 500
+    assert replace(once, learner=config.learner) == config
+    while once.learner.max_tokens_per_micro_batch > longest:
+        once = halved(once)
+    with pytest.raises(MemoryError, match="own words"):
+        halved(once)
+    assert told[0] == (
+        "micro_batches_halved",
+        "a learner rank had too little memory: learner.max_tokens_per_micro_batch=500 now, 1000 before",
+    )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 
 from opd_ray.comparison import Comparison, joined
 from opd_ray.config.schema import LearnerConfig
@@ -12,9 +13,11 @@ from opd_ray.data.models import hidden_size
 from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
 from opd_ray.protocol import Batch, CannotGoOn, GroupSummary, Metrics, ScoreSummary, WeightBundle
 from workers.fleet import Berth, kill, spawn
+from workers.health import LearnerOutOfMemory
 from workers.learner.report import RankBatch, combine_updates, estimate_name, teacher_metrics
 from workers.learner.worker import LearnerWorker
 from workers.sync.choose import SyncPlan
+from workers.waiting import answers
 
 
 class RayLearner:
@@ -26,6 +29,7 @@ class RayLearner:
         config: LearnerConfig,
         berth: Berth,
         arguments: dict[str, Any],
+        async_save: bool = False,
         worker_class: type = LearnerWorker,
     ) -> None:
         self._config = config
@@ -35,6 +39,7 @@ class RayLearner:
         self._set_up = self._start_ranks(local=berth.local)
         self._sync: SyncPlan = arguments["sync"]
         self._local = berth.local
+        self._async_save = async_save
         self._version = 0
         self._num_left_out = 0  # batches in a row
 
@@ -54,8 +59,8 @@ class RayLearner:
 
     def update(self, batch: Batch) -> Metrics:
         """Wait for the batch's last score, then take `learner.updates_per_batch` optimizer steps on all ranks."""
-        summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
-        scored: list[ScoreSummary] = ray.get([s.summary for s in batch.scores])
+        summaries: list[GroupSummary] = answers([g.summary for g in batch.groups])
+        scored: list[ScoreSummary] = answers([s.summary for s in batch.scores])
         ready = time.perf_counter()
         parts = [
             self._split(batch, summaries, positions=positions, part=part)
@@ -63,7 +68,11 @@ class RayLearner:
         ]
         # A rank takes its calls in order, so that no part waits here for the one before it.
         updates = [[rank.update.remote(rank_batch, *refs) for rank, rank_batch, refs in shares] for shares in parts]
-        learned = combine_updates([ray.get(of_part) for of_part in updates], estimate=estimate_name(self._objective))
+        try:
+            reports = [answers(of_part) for of_part in updates]
+        except torch.OutOfMemoryError as fault:  # Ray raises what a rank raised, as that too
+            raise LearnerOutOfMemory(["a learner rank, out of memory"], cause=fault) from fault
+        learned = combine_updates(reports, estimate=estimate_name(self._objective))
         self._count_left_out(learned, step=batch.step)
         return {
             **learned,
@@ -73,13 +82,13 @@ class RayLearner:
 
     def release_memory(self) -> None:
         """Have every rank give the GPU's memory that it does not use back."""
-        ray.get([rank.release_memory.remote() for rank in self._ranks])
+        answers([rank.release_memory.remote() for rank in self._ranks])
 
     def compare(self, batch: Batch) -> Comparison:
         """Return how the student stands to the teacher at the batch's tokens."""
-        summaries: list[GroupSummary] = ray.get([g.summary for g in batch.groups])
+        summaries: list[GroupSummary] = answers([g.summary for g in batch.groups])
         shares = self._split(batch, summaries, positions=range(len(batch.groups)), part=0)
-        return joined(ray.get([rank.compare.remote(rank_batch, *refs) for rank, rank_batch, refs in shares]))
+        return joined(answers([rank.compare.remote(rank_batch, *refs) for rank, rank_batch, refs in shares]))
 
     def publish(self, version: int) -> WeightBundle:
         """Start gathering the weights of all ranks; the references resolve when they are in the object store."""
@@ -96,16 +105,20 @@ class RayLearner:
             ray.get([rank.connect.remote(workers, address, port) for rank in self._ranks])
 
     def save(self, folder: str) -> None:
-        """Write a checkpoint of all ranks."""
-        ray.get([rank.save.remote(folder) for rank in self._ranks])
+        """Write a checkpoint of all ranks; with `async_save` copy it, for `wait_saved` to wait for."""
+        answers([rank.save.remote(folder, in_background=self._async_save) for rank in self._ranks])
+
+    def wait_saved(self) -> None:
+        """Wait until the last checkpoint is written. Raises OSError when it cannot be; any thread may call it."""
+        answers([rank.wait_saved.remote() for rank in self._ranks])
 
     def restore(self, folder: str) -> None:
         """Load a checkpoint of all ranks."""
-        ray.get([rank.restore.remote(folder) for rank in self._ranks])
+        answers([rank.restore.remote(folder) for rank in self._ranks])
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder."""
-        ray.get([rank.export.remote(folder) for rank in self._ranks])
+        answers([rank.export.remote(folder) for rank in self._ranks])
 
     def close(self) -> None:
         """End the ranks."""

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +22,14 @@ from opd_ray.config.student import LoraConfig
 from opd_ray.data.lora import adapter_parameters
 from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
+from workers.fault_plan import Phase, reach
 from workers.learner.comparison import Comparer, stride_of, texts_of_tokens
 from workers.learner.guard import guard_steps, is_left_out
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
 from workers.learner.report import RankBatch, RankReport, Totals
-from workers.learner.saving import TAG, save_engine
+from workers.learner.saving import TAG, EngineSaver
 from workers.learner.task_gradients import TaskGradients
 from workers.output_head import load_head
 from workers.sync.backend import Publication
@@ -49,6 +51,7 @@ class LearnerWorker:
         sync: SyncPlan,
         deterministic: bool = False,
         lora: LoraConfig | None = None,
+        collective_timeout_s: float = 1800.0,
     ) -> None:
         self._deterministic = deterministic
         self._student_path = student_path
@@ -58,6 +61,7 @@ class LearnerWorker:
         self._objective = objective
         self._num_steps = num_steps
         self._sync = sync
+        self._collective_timeout = timedelta(seconds=collective_timeout_s)
 
     def rendezvous(self, *, local: bool) -> tuple[str, int]:
         """Return this rank's address and a free port there, for the process group to meet at."""
@@ -87,7 +91,9 @@ class LearnerWorker:
         if not on_gpu:
             # Its shared-memory all-reduce would be compiled on first use (40 s, needs a compiler); gloo serves as well.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=self._collective_timeout
+        )
         self._rank = rank
         self._device = torch.device("cuda" if on_gpu else "cpu")
         student = load_student(self._student_path, config=self._config, lora=self._lora)
@@ -96,6 +102,7 @@ class LearnerWorker:
         )
         self._engine.clip_fp32_gradients = self._clip
         guard_steps(self._engine)
+        self._saver = EngineSaver(self._engine, exclude_frozen=self._lora is not None)
         self._clipped_norm = 0.0
         self._planner = TokenPlanner(self._objective, tokenizer=self._tokenizer())
         self._inputs = InputBuilder(
@@ -134,9 +141,11 @@ class LearnerWorker:
             losses = self._forward(micro_batch, objective=self._objective.config.kind.value, options=options)
             if self._task_gradients:
                 self._task_gradients.begin(micro_batch[0].task if batch.tasks_apart else "")
+            reach(Phase.backward, step=batch.version)
             self._engine.backward(losses.loss * scale)
             totals.add(losses, micro_batch)
             options = self._options  # the first micro-batch has given the diagnostics
+        reach(Phase.optimize, step=batch.version)
         lr = float(self._engine.get_lr()[0])
         self._engine.step()
         report = totals.report(
@@ -187,6 +196,7 @@ class LearnerWorker:
 
     def publish(self, version: int) -> Publication:
         """Give the current weights a version (rank 0; the others help to gather and return nothing)."""
+        reach(Phase.publish, step=version)
         return self._publisher.publish(version)
 
     def send(self, version: int) -> None:
@@ -197,9 +207,16 @@ class LearnerWorker:
         """Return the version last published with its bytes, for a rollout worker that missed it."""
         return self._publisher.store(version)
 
-    def save(self, folder: str) -> None:
-        """Write this rank's part of a checkpoint; weights under adapters never change and are left out."""
-        save_engine(self._engine, folder, exclude_frozen=self._lora is not None)
+    def save(self, folder: str, *, in_background: bool = False) -> None:
+        """Write this rank's part of a checkpoint; weights under adapters never change and are left out.
+
+        in_background: return once it is copied; `wait_saved` waits for the rest.
+        """
+        self._saver.save(folder, in_background=in_background)
+
+    def wait_saved(self) -> None:
+        """Wait until everything is written. Raises OSError for what could not be."""
+        self._saver.wait()
 
     def restore(self, folder: str) -> None:
         """Load this rank's part of a DeepSpeed checkpoint."""

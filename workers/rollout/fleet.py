@@ -1,5 +1,6 @@
 """The pool of rollout workers: deals requests out, hands references on."""
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from workers.fleet import Berth, in_calls, kill, spawn
 from workers.rollout.turns import Turn
 from workers.rollout.worker import RolloutWorker, logprob_args
 from workers.sync.deliver import catch_up, deliver
+from workers.sync.receiver import NotPreparedError
+from workers.waiting import answers, finished
 
 
 class RayRolloutFleet:
@@ -30,8 +33,10 @@ class RayRolloutFleet:
         berth: Berth,
         deterministic: bool = False,
         lora: LoraConfig | None = None,
+        max_restarts: int = 0,
         worker_class: type = RolloutWorker,
     ) -> None:
+        """max_restarts: how often each worker is started anew; only where nothing but weights is lost with it."""
         arguments = {
             "model_path": model_path,
             "config": config,
@@ -39,12 +44,15 @@ class RayRolloutFleet:
             "logprob_args": logprob_args(config, objective),
             "lora": lora,
         }
-        self._workers = spawn(worker_class, berth=berth, arguments=arguments, concurrent=True)
+        self._workers = spawn(
+            worker_class, berth=berth, arguments=arguments, concurrent=True, max_restarts=max_restarts
+        )
         self._deterministic = deterministic
         self._groups_per_call = config.groups_per_call
         self._unfinished: list[list[Any]] = [[] for _ in self._workers]  # summaries of each worker's groups
         self._num_turns = [0] * len(self._workers)
         self._weights: WeightBundle | None = None  # the last version, for workers that miss it
+        self._loading = threading.Lock()
 
     @property
     def workers(self) -> Sequence[Any]:
@@ -76,17 +84,23 @@ class RayRolloutFleet:
         """Give every worker a new version, or none when one cannot take it; blocks until all hold it."""
         start = time.perf_counter()
         turns = [self._next_turn(index) for index in range(len(self._workers))] if self._deterministic else None
-        seconds = deliver(self._workers, weights, turns)
-        self._weights = weights
+        with self._loading:
+            try:
+                seconds = deliver(self._workers, weights, turns)
+            except NotPreparedError:  # one was started anew in between
+                catch_up(self._workers, weights)
+                seconds = time.perf_counter() - start
+            self._weights = weights
         return {"time/publish_s": time.perf_counter() - start, "time/load_s": seconds}
 
     def catch_up(self) -> int:
-        """Give the last version to workers that do not hold it; return how many that were."""
-        return 0 if self._weights is None else catch_up(self._workers, self._weights)
+        """Give the last version to workers that do not hold it; return how many that were. Any thread may call it."""
+        with self._loading:
+            return 0 if self._weights is None else catch_up(self._workers, self._weights)
 
     def summaries(self, groups: Sequence[GroupHandle]) -> list[GroupSummary]:
         """Wait for groups and return their summaries, in order."""
-        summaries: list[GroupSummary] = ray.get([group.summary for group in groups])
+        summaries: list[GroupSummary] = answers([group.summary for group in groups])
         return summaries
 
     def first(self, groups: Sequence[GroupHandle], *, num_groups: int) -> list[int]:
@@ -94,16 +108,15 @@ class RayRolloutFleet:
         if num_groups <= 0:
             return []
         refs = [group.summary for group in groups]
-        finished, _ = ray.wait(refs, num_returns=num_groups, fetch_local=False)
-        return sorted(map(refs.index, finished))
+        return sorted(map(refs.index, finished(refs, num_refs=num_groups)))
 
     def sleep(self) -> None:
         """Have every worker give its GPU's memory back; all that was asked must be answered."""
-        ray.get([worker.sleep.remote() for worker in self._workers])
+        answers([worker.sleep.remote() for worker in self._workers])
 
     def wake(self) -> None:
         """Have every worker take its memory again; they serve once a version is loaded."""
-        ray.get([worker.wake.remote() for worker in self._workers])
+        answers([worker.wake.remote() for worker in self._workers])
 
     def close(self) -> None:
         """End the workers."""

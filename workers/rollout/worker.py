@@ -31,6 +31,7 @@ from opd_ray.protocol import (
 from opd_ray.schedule import derive_seed
 from workers.engine_loop import EngineLoop
 from workers.engine_sleep import DISCARD_WEIGHTS, KEEP_WEIGHTS, fall_asleep, wake_up
+from workers.fault_plan import Phase, reach
 from workers.lane import span_since
 from workers.rollout.turns import Turn, Turns
 from workers.sync.adapter import adapter_args
@@ -100,14 +101,17 @@ class RolloutWorker:
 
         turn: the place of its commit in the canonical order.
         """
+        reach(Phase.prepare, step=manifest.version)
         await asyncio.wrap_future(self._loop.call(lambda: self._receiver.prepare(manifest, buffers)))
         self._turn = turn
 
     async def commit(self, version: int, update_info: Any = None) -> None:
         """Take the prepared version between two engine steps.
 
-        Running sequences go on under it, or with rollout.update_in_flight=false are let finish first.
+        Running sequences go on under it, or with rollout.update_in_flight=false are let finish first. Raises
+        NotPreparedError when this worker has been started anew since it prepared the version.
         """
+        reach(Phase.commit, step=version)
         async with nullcontext() if self._turn is None else self._turns.alone(self._turn.number):
             await asyncio.wrap_future(
                 self._loop.call(lambda: self._receiver.commit(version, update_info), drained=not self._update_in_flight)
@@ -159,6 +163,7 @@ class RolloutWorker:
         else:  # the load of its version has an earlier turn
             futures = await self._turns.submit(turn, sequences)
             at_work = time.time()
+        reach(Phase.generate, step=request.version)
         completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         samples = [output.outputs[0] for output in completions]
         texts = [self._tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in samples]

@@ -74,6 +74,10 @@ class RecordingLearner:
         self.finish()
         self._learner.save(folder)
 
+    def wait_saved(self) -> None:
+        """Wait until the last checkpoint is written."""
+        self._learner.wait_saved()
+
     def restore(self, folder: str) -> None:
         """Load a checkpoint."""
         self._learner.restore(folder)

@@ -18,16 +18,12 @@ class Publisher(Protocol):
 
     def connect(self, workers: Sequence[Any], *, address: str, port: int) -> None:
         """Meet the rollout workers, once, before the first version; at a free port of rank 0 if need be."""
-        ...
 
     def publish(self, version: int) -> Publication:
         """Give the current weights a version; buffers are None where `send` brings the bytes."""
-        ...
 
     def send(self, version: int) -> None:
         """Commit the version on all workers, who have prepared it."""
-        ...
 
     def store(self, version: int) -> Publication:
         """Return the version last published with its bytes, for a worker that missed it."""
-        ...

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from opd_ray.protocol import WeightBundle
+from workers.waiting import answers
 
 
 def deliver(workers: Sequence[Any], weights: WeightBundle, turns: Sequence[Any] | None = None) -> float:
@@ -19,12 +18,12 @@ def deliver(workers: Sequence[Any], weights: WeightBundle, turns: Sequence[Any] 
     """
     places = turns if turns is not None else [None] * len(workers)
     pairs = zip(workers, places, strict=True)
-    ray.get([worker.prepare.remote(weights.manifest, weights.buffer, turn) for worker, turn in pairs])
+    answers([worker.prepare.remote(weights.manifest, weights.buffer, turn) for worker, turn in pairs])
     start = time.perf_counter()
     if weights.senders:
-        ray.get([rank.send.remote(weights.version) for rank in weights.senders])
+        answers([rank.send.remote(weights.version) for rank in weights.senders])
     else:
-        ray.get([worker.commit.remote(weights.version) for worker in workers])
+        answers([worker.commit.remote(weights.version) for worker in workers])
     return time.perf_counter() - start
 
 
@@ -39,7 +38,7 @@ def stored(weights: WeightBundle) -> WeightBundle:
 
 def catch_up(workers: Sequence[Any], weights: WeightBundle) -> int:
     """Give a version, through the object store, to the workers that do not hold it; return how many that were."""
-    versions = ray.get([worker.held_version.remote() for worker in workers])
+    versions = answers([worker.held_version.remote() for worker in workers])
     behind = [worker for worker, held in zip(workers, versions, strict=True) if held != weights.version]
     if behind:
         deliver(behind, stored(weights))

@@ -14,6 +14,10 @@ from workers.sync.adapter import adapter_request, load_adapters
 from workers.weights import Buffers, WeightManifest, check_publication
 
 
+class NotPreparedError(RuntimeError):
+    """A version is to be committed that this worker does not hold: it has been started anew since."""
+
+
 class Receiver:
     """Holds at most one prepared version; the engine's own weights change in `commit` alone."""
 
@@ -43,9 +47,12 @@ class Receiver:
         """
         from workers.object_store_engine import clear_partial_load, receive, update_engine
 
-        if self._prepared is None or self._prepared[0].version != version:
-            held = None if self._prepared is None else self._prepared[0].version
-            raise RuntimeError(f"version {version} cannot be committed: prepared is {held}")
+        if self._prepared is None and self.version == version:
+            return  # asked for twice
+        if self._prepared is None:
+            raise NotPreparedError(f"version {version} cannot be committed: prepared is None")
+        if self._prepared[0].version != version:
+            raise RuntimeError(f"version {version} cannot be committed: prepared is {self._prepared[0].version}")
         manifest, buffers = self._prepared
         self._loop.held = True
         if self._torn and manifest.lora is None:

@@ -33,9 +33,15 @@ class StudentWeights:
         return [(name, self._travelling_dtype(p), tuple(getattr(p, "ds_shape", p.shape))) for name, p in self._named()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each parameter; one that is neither gathered nor rounded shares the learner's memory."""
+        """Yield each parameter; one that is neither gathered nor rounded shares the learner's memory.
+
+        Raises ValueError at the first with a value that is not finite: such weights are given to nobody.
+        """
         for name, parameter in self._named():
-            yield name, self._whole(parameter)
+            whole = self._whole(parameter)
+            if self._reads and not _is_finite(whole):
+                raise ValueError(f"the student's weights are not finite, the first in {name}: they are not published")
+            yield name, whole
 
     def _named(self) -> Iterator[tuple[str, Any]]:
         return iter(self._model.named_parameters() if self.lora is None else adapter_parameters(self._model))
@@ -53,3 +59,8 @@ class StudentWeights:
 
     def _travelling_dtype(self, parameter: Any) -> torch.dtype:
         return self._dtype if self._dtype.itemsize < parameter.dtype.itemsize else parameter.dtype
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are, in one pass and without a copy."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(tensor))

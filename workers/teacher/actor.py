@@ -13,6 +13,7 @@ from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.data.byte_aligner import ByteAligner
 from opd_ray.protocol import Score, ScoreRequest, ScoreSummary, TrajectoryGroup
 from opd_ray.requests import follows_student
+from workers.fault_plan import Phase, reach
 from workers.lane import span_since
 from workers.teacher.aligned import AlignedTeacher, Scorer
 from workers.teacher.ema import EmaTeacher
@@ -92,6 +93,7 @@ class TeacherActor:
             group = _as_teacher_reads(group)
         async with self._alone:
             start = time.time()
+            reach(Phase.score, step=int(group.token_versions.max(initial=-1)))
             summary, score = await answered(self._scorer, group, request, vocab_size=self._vocab_size)
             return replace(summary, span=span_since(start)), score
 

@@ -17,11 +17,9 @@ class Scorer(Protocol):
 
     async def ready(self) -> bool:
         """Answer once it can score."""
-        ...
 
     async def score(self, group: TrajectoryGroup, request: ScoreRequest) -> tuple[ScoreSummary, Score]:
         """Score every response token of a group."""
-        ...
 
 
 class AlignedTeacher:

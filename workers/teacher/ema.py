@@ -25,7 +25,6 @@ class LoadableScorer(Scorer, Protocol):
 
     async def load(self, manifest: WeightManifest, buffers: Buffers) -> None:
         """Take all weights of a publication."""
-        ...
 
 
 class EmaWeights:

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import ray
-
 from opd_ray.config.schema import Config, TeacherConfig
 from opd_ray.config.teacher import AlignmentKind, TeacherKind
 from opd_ray.protocol import (
@@ -24,6 +22,7 @@ from workers.placement import teacher_role
 from workers.teacher.actor import TeacherActor
 from workers.teacher.errors import TeacherDown
 from workers.teacher.http import check_request, offered
+from workers.waiting import answers
 
 
 def check_teachers(config: Config, teachers: Iterable[TeacherConfig]) -> None:
@@ -64,7 +63,7 @@ def _check_request(teacher: TeacherConfig, request: ScoreRequest, *, temperature
 class RayTeacherFleet:
     """`TeacherFleet` on Ray actors."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a pool of workers depends on
         self,
         *,
         name: str,
@@ -72,9 +71,17 @@ class RayTeacherFleet:
         berth: Berth,
         arguments: dict[str, Any],
         groups_per_call: int = 1,
+        max_restarts: int = 0,
         worker_class: type = TeacherActor,
     ) -> None:
-        self._workers = spawn(worker_class, berth=berth, arguments={"config": config, **arguments}, concurrent=True)
+        """max_restarts: how often each worker is started anew; 0 for one whose weights change."""
+        self._workers = spawn(
+            worker_class,
+            berth=berth,
+            arguments={"config": config, **arguments},
+            concurrent=True,
+            max_restarts=max_restarts,
+        )
         self._name = name
         self._follows = follows_student(config)
         self._groups_per_call = groups_per_call
@@ -106,26 +113,26 @@ class RayTeacherFleet:
         """Have every worker take a new version of the student into its average; blocks until all hold it."""
         if not self._follows:
             return {}
-        seconds = ray.get([worker.follow.remote(weights.manifest, weights.buffer) for worker in self._workers])
+        seconds = answers([worker.follow.remote(weights.manifest, weights.buffer) for worker in self._workers])
         return {"time/teacher_load_s": max(seconds)}
 
     def save(self, folder: str) -> None:
         """Write the averaged weights, which all workers share."""
         if self._follows:
-            ray.get(self._workers[0].save.remote(self._state_file(folder)))
+            answers(self._workers[0].save.remote(self._state_file(folder)))
 
     def restore(self, folder: str) -> None:
         """Give every worker the averaged weights of a checkpoint."""
         if self._follows:
-            ray.get([worker.restore.remote(self._state_file(folder)) for worker in self._workers])
+            answers([worker.restore.remote(self._state_file(folder)) for worker in self._workers])
 
     def sleep(self) -> None:
         """Have every worker give its GPU's memory back; all that was asked must be answered."""
-        ray.get([worker.sleep.remote() for worker in self._workers])
+        answers([worker.sleep.remote() for worker in self._workers])
 
     def wake(self) -> None:
         """Have every worker take its memory again and look at its weights."""
-        ray.get([worker.wake.remote() for worker in self._workers])
+        answers([worker.wake.remote() for worker in self._workers])
 
     def close(self) -> None:
         """End the workers."""
@@ -133,7 +140,7 @@ class RayTeacherFleet:
 
     def _get(self, refs: Sequence[Ref]) -> list[Any]:
         try:
-            return ray.get(list(refs))
+            return answers(list(refs))
         except TeacherDown as error:  # Ray raises it with the worker's traceback for a message
             raise CannotGoOn(f"{self._name}: {getattr(error, 'cause', error)}") from None
 

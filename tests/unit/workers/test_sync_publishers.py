@@ -63,3 +63,22 @@ def test_smaller_parameters_are_not_blown_up():
 
 def test_ranks_beside_the_first_publish_nothing():
     assert publisher(model(), rank=1).publish(0) == (None, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_never_published(value: float, dtype: torch.dtype):
+    student = model(dtype)
+    with torch.no_grad():
+        student[1].bias[3] = value
+    with pytest.raises(ValueError, match=r"not finite, the first in 1\.bias: they are not published"):
+        publisher(student).publish(1)
+
+
+def test_weights_that_are_finite_but_overflow_in_the_type_they_travel_in_are_not_published_either():
+    student = model()
+    with torch.no_grad():
+        student[0].weight[0, 0] = 3.4e38  # rounds to infinity in bfloat16
+    publisher(student).publish(1)
+    with pytest.raises(ValueError, match=r"the first in 0\.weight"):
+        publisher(student, dtype=Dtype.bfloat16).publish(1)

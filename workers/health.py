@@ -17,7 +17,8 @@ from workers.lane import DUMP_SIGNAL
 _ANSWER_S = 10.0  # for a sign of life once something has failed
 _DUMP_S = 2.0  # for a hung process to write its stacks
 _LOOKS = 8  # in the time that a worker may be silent
-_MAX_LOOK_S = 2.0
+_MAX_LOOK_S = 1.0
+_LAST_LOOK_S = 1.0
 _Place = tuple[str, int]  # node and process
 _UNNAMED = {  # what is lost with a fault that all workers answer after
     ActorUnavailableError: ["a worker for a moment"],
@@ -40,12 +41,17 @@ class LearnerOutOfMemory(WorkerLost):
 
 @contextmanager
 def watched(
-    workers: Mapping[str, Any], *, hang_timeout_s: float, restarted: Callable[[str], None] = lambda _: None
+    workers: Mapping[str, Any],
+    *,
+    hang_timeout_s: float,
+    catch_up: Callable[[], object] = lambda: None,
+    restarted: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
     """Within, watch workers that are ready, by name.
 
-    restarted: is called, on a thread of its own, with one that Ray has started anew; again, should it raise RayError.
-    Raises WorkerLost for a fault that came from the loss of some of them.
+    For one that Ray has started anew, catch_up brings it to where the others are, again should it raise RayError, and
+    restarted is told its name; both on a thread of its own. Raises WorkerLost for a fault that came from the loss of
+    some of them.
     """
     places: list[_Place] = []
     try:
@@ -54,6 +60,7 @@ def watched(
             workers,
             places=dict(zip(workers, places, strict=True)),
             hang_timeout_s=hang_timeout_s,
+            catch_up=catch_up,
             restarted=restarted,
         )
         with watch.running():
@@ -96,12 +103,14 @@ class _Watch(threading.Thread):
         *,
         places: Mapping[str, _Place],
         hang_timeout_s: float,
+        catch_up: Callable[[], object],
         restarted: Callable[[str], None],
     ) -> None:
         super().__init__(daemon=True, name="watch")
         self._workers = dict(workers)
         self._places = dict(places)
         self._limit_s = hang_timeout_s
+        self._catch_up = catch_up
         self._restarted = restarted
         self._done = threading.Event()
         self._asked: dict[str, tuple[Any, float]] = {}  # by name: the reference and when
@@ -115,6 +124,7 @@ class _Watch(threading.Thread):
         finally:
             self._done.set()
             self.join()
+            self._look_back()
 
     def run(self) -> None:
         while not self._done.wait(min(self._limit_s / _LOOKS, _MAX_LOOK_S)):
@@ -144,8 +154,21 @@ class _Watch(threading.Thread):
             self._starting.discard(name)
             if place != self._places[name]:
                 with suppress(RayError):  # then it is looked at again
-                    self._restarted(name)
-                    self._places[name] = place
+                    self._catch_up()
+                    self._told(name, place)
+
+    def _told(self, name: str, place: _Place) -> None:
+        self._restarted(name)
+        self._places[name] = place
+
+    def _look_back(self) -> None:
+        """Tell of those that were started anew since the last look."""
+        pulses = {worker.pulse.remote(): name for name, worker in self._workers.items()}
+        for ref in ray.wait(list(pulses), num_returns=len(pulses), timeout=_LAST_LOOK_S)[0] if pulses else ():
+            with suppress(RayError):
+                place = ray.get(ref)
+                if place != self._places[pulses[ref]]:
+                    self._told(pulses[ref], place)
 
 
 def _is_dead(ref: Any) -> bool:

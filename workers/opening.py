@@ -87,14 +87,9 @@ def open_fleets(  # noqa: PLR0913 - what a run is made of, and whom it tells
                 fleet.wait_ready()
             learner.connect(rollout.workers)
         workers = {f"{role}-{i}": worker for role, i, worker in _named(rollout, teachers, learner)}
-
-        def take_back(name: str) -> None:
-            rollout.catch_up()
-            restarted(name)
-
         fault = config.fault
         with (
-            watched(workers, hang_timeout_s=fault.hang_timeout_s, restarted=take_back),
+            watched(workers, hang_timeout_s=fault.hang_timeout_s, catch_up=rollout.catch_up, restarted=restarted),
             waiting_at_most(fault.call_timeout_s),
         ):
             yield _fleets(config, rollout=rollout, teachers=teachers, learner=learner)

@@ -12,7 +12,7 @@ STAMP := $(VENV)/.built-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d' ' -
 RIVALS := liger-kernel==0.8.5 trl==1.16.0 datasets==5.2.0 pandas==3.1.1 multiprocess==0.70.19 python-dateutil==4.0.0
 RIVALS_STAMP := $(VENV)/bench/.built-$(shell echo $(RIVALS) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo submit test slow long check unit bench clean
+.PHONY: help setup demo submit test slow long chaos check unit bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -57,6 +57,9 @@ slow: setup  ## the slow tests of the real stack: servers that die, resumed and 
 
 long: setup  ## whole trainings of the demo: several teachers, batches ahead (a quarter of an hour)
 	@$(BIN)/python -m pytest -q -m long --durations=5 tests
+
+chaos: setup  ## every fault in a run of its own, then 200 updates full of them (half an hour); ARGS="--only publish --no-soak"
+	@$(BIN)/python tests/ray/chaos.py $(ARGS)
 
 bench: $(RIVALS_STAMP)  ## measure all parts, or PART=loss, into runs/bench/bench.json
 	@$(BIN)/python tests/bench/run.py $(PART)

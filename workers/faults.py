@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 _NUM_LOG_LINES = 15
 _PLUMBING = ("/site-packages/ray/", "/concurrent/futures/", "/asyncio/", "/threading.py", "/torch/utils/_contextlib.py")
@@ -17,6 +17,8 @@ _NOISE = re.compile(
 
 def describe(error: RayError, *, log_dir: Path) -> str:
     """Return the worker's name, its own traceback (the plumbing's frames left out) or last words, and its log."""
+    if isinstance(error, GetTimeoutError):
+        return f"a worker owed an answer for longer than fault.call_timeout_s; the stacks of all are in {log_dir}"
     text = _ANSI.sub("", str(error))
     names = ["".join(match) for match in _NAME.findall(text)]
     name = names[-1] if names else "a worker"  # a fault that passed through several workers names its origin last

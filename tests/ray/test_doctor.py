@@ -109,6 +109,7 @@ def test_a_sampler_that_rounds_more_than_the_learner_is_warned_of_once(
     assert screen.count("warning: rollout/logprob_gap_mean ") == 1
 
 
+@pytest.mark.slow
 def test_the_command_says_in_json_and_by_its_exit_code_what_is_wrong(overrides: Callable[..., list[str]]) -> None:
     run = _doctor(
         *overrides(

@@ -90,6 +90,7 @@ def test_a_model_cut_over_two_processes_answers_as_in_one_and_within_its_positio
     assert 0 < of_sort["response_tokens_mean"] <= 128 - 24  # max_response_tokens is not given: the model's room
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(tmp_path: Path, model_folder: Any) -> None:
     folder = model_folder(seed=1)
     checkpoint = tmp_path / "step-000002"

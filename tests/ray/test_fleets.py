@@ -70,6 +70,7 @@ def test_groups_of_one_call_are_those_of_calls_of_their_own(
         assert num_tokens == [sum(summary.response_lengths) for summary in summaries] * 2
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_its_name_and_not_rays_stack(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_not_rays_stack(
     assert "rollout-0 died" in (run_dir / "events.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_ends_the_run_with_its_own_error(
     overrides: Callable[..., list[str]],
 ) -> None:

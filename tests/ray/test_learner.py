@@ -35,6 +35,10 @@ from workers.learner.fleet import rank_batches
 pytestmark = pytest.mark.ray
 
 
+def _slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def _masked_sequence_means(student: Any, teacher: Any, kind: ObjectiveKind) -> torch.Tensor:
     """Return the mean over trajectories of the mean loss of their tokens, the masked ids left out of everything."""
     means = []
@@ -77,7 +81,7 @@ def cluster(config: Config) -> Iterator[None]:
         (False, {"zero_stage": 0, "num_ranks": 2, "max_tokens_per_micro_batch": 64}),
         (True, {"zero_stage": 2, "num_ranks": 2, "max_tokens_per_micro_batch": 9}),
         (False, {"zero_stage": 3, "num_ranks": 2, "max_tokens_per_micro_batch": 16}),
-        (True, {"zero_stage": 3, "num_ranks": 2, "max_tokens_per_micro_batch": 64}),
+        _slow(True, {"zero_stage": 3, "num_ranks": 2, "max_tokens_per_micro_batch": 64}),
         (False, {"zero_stage": 2, "num_ranks": 1, "max_tokens_per_micro_batch": 10}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else f"tied={value}",
@@ -146,7 +150,7 @@ def sequence_kls(student: Any, teacher: Any, group: TrajectoryGroup) -> list[tor
 
 @pytest.mark.parametrize(
     "cut",
-    [(2, 1), *(pytest.param((stage, 2), marks=pytest.mark.slow) for stage in (0, 2, 3))],
+    [(2, 1), *(_slow((stage, 2)) for stage in (0, 2, 3))],
     ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}",
 )
 @pytest.mark.usefixtures("cluster")
@@ -166,7 +170,7 @@ def test_gradient_noise_is_the_variance_over_micro_batches(
     learner.close()
 
 
-@pytest.mark.parametrize("cut", [(0, 1), (2, 2), (3, 2)], ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}")
+@pytest.mark.parametrize("cut", [_slow((0, 1)), (2, 2), _slow((3, 2))], ids=lambda cut: f"zero{cut[0]}-ranks{cut[1]}")
 @pytest.mark.usefixtures("cluster")
 def test_the_norm_of_each_tasks_gradient_is_that_of_its_own_loss(
     config: Config, tmp_path: Path, cut: tuple[int, int]
@@ -203,7 +207,7 @@ def test_the_norm_of_each_tasks_gradient_is_that_of_its_own_loss(
     [
         (ObjectiveKind.support, {"zero_stage": 3, "num_ranks": 2, "max_tokens_per_micro_batch": 9}),
         (ObjectiveKind.sampled, {"zero_stage": 2, "num_ranks": 2, "max_tokens_per_micro_batch": 16}),
-        (ObjectiveKind.sampled, {"zero_stage": 0, "num_ranks": 1, "max_tokens_per_micro_batch": 64}),
+        _slow(ObjectiveKind.sampled, {"zero_stage": 0, "num_ranks": 1, "max_tokens_per_micro_batch": 64}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value.value,
 )

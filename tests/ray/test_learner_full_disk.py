@@ -32,7 +32,7 @@ class FullDiskLearner(LearnerWorker):
 _SAVE = torch.save
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_save_that_one_rank_cannot_write_leaves_nothing_and_training_goes_on(
     overrides: Callable[..., list[str]], tmp_path: Path, zero_stage: int
 ) -> None:

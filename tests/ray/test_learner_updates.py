@@ -17,6 +17,7 @@ from workers.learner.fleet import batch_parts
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_two_updates_on_a_batch_are_two_updates_on_its_interleaved_parts(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:

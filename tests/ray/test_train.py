@@ -28,7 +28,7 @@ def _slow(*overrides: str) -> Any:
 @pytest.mark.parametrize(
     "objective",
     [
-        ["objective=full"],
+        _slow("objective=full"),
         ["objective=support"],
         ["objective=sampled", "objective.discount=0.5"],
         _slow("objective=support", "objective.support=student", "rollout.temperature=0.8"),
@@ -94,6 +94,7 @@ def two_teachers(overrides: Overrides, model_folder: Any) -> Overrides:
     return build
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_is_scored_by_the_teachers_of_its_tasks_each_with_its_own_head(
     two_teachers: Overrides, tmp_path: Path
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_few_updates_bring_the_student_nearer_to_its_teacher(overrides: Overri
     assert summary["reverse_kl_after"] < 0.5 * summary["reverse_kl_before"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_from_its_checkpoint(overrides: Overrides, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "test"
     data = tmp_path / "prompts.jsonl"

@@ -49,9 +49,9 @@ def watched(
 ) -> Iterator[None]:
     """Within, watch workers that are ready, by name.
 
-    For one that Ray has started anew, catch_up brings it to where the others are, again should it raise RayError, and
-    restarted is told its name; both on a thread of its own. Raises WorkerLost for a fault that came from the loss of
-    some of them.
+    For one that Ray has started anew, restarted is told its name, and catch_up brings it to where the others are,
+    again should it raise RayError; both on threads of their own. Raises WorkerLost for a fault that came from the loss
+    of some of them.
     """
     places: list[_Place] = []
     try:
@@ -153,13 +153,20 @@ class _Watch(threading.Thread):
         else:
             self._starting.discard(name)
             if place != self._places[name]:
-                with suppress(RayError):  # then it is looked at again
-                    self._catch_up()
-                    self._told(name, place)
+                self._told(name, place)
+                # On a thread of its own: it waits for workers, which may hang, and are looked at here.
+                threading.Thread(target=self._bring_back, daemon=True, name="catch up").start()
 
     def _told(self, name: str, place: _Place) -> None:
         self._restarted(name)
         self._places[name] = place
+
+    def _bring_back(self) -> None:
+        while not self._done.is_set():
+            with suppress(RayError):
+                self._catch_up()
+                return
+            self._done.wait(_MAX_LOOK_S)
 
     def _look_back(self) -> None:
         """Tell of those that were started anew since the last look."""

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -55,9 +56,10 @@ def run_to_end(
     arguments: Sequence[str],
     *,
     run_dir: Path,
+    limit_s: float,
     faults: Sequence[At] = (),
     watch: Watch = lambda *_: None,
-    limit_s: float,
+    env: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Run a command line whose run dir is to be `run_dir`; watch is called again and again meanwhile.
 
@@ -72,7 +74,7 @@ def run_to_end(
         run = subprocess.Popen(
             [sys.executable, "-m", "opd_ray.train", *arguments],
             cwd=PROJECT,
-            env=os.environ | {PLAN: str(plan)},
+            env={**os.environ, **env, PLAN: str(plan)},
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,

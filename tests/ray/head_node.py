@@ -21,6 +21,7 @@ class HeadNode:
     """Where the head listens, and the environment of a client that may use it."""
 
     dashboard: str
+    address: str
     env: dict[str, str]
     sessions: Path  # Ray's folder
 
@@ -62,6 +63,7 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
     )  # fmt: skip
     node = HeadNode(
         dashboard=f"http://127.0.0.1:{ports[1]}",
+        address=f"127.0.0.1:{ports[0]}",
         env={**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"},
         sessions=sessions,
     )

@@ -7,6 +7,7 @@ and the fault in events.jsonl; where the run is deterministic, also with the und
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -206,7 +207,7 @@ class Meter:
         self._next = time.monotonic() + 5
         try:
             driver = psutil.Process(run.pid)
-            shared = sum(file.stat().st_blocks * 512 for file in Path("/dev/shm").iterdir() if file.is_file())
+            shared = shutil.disk_usage("/dev/shm").used  # unlinked files count
             path = run_dir / "metrics.jsonl"
             step = path.read_text().count("\n") if path.exists() else 0
             processes = len(driver.children(recursive=True))

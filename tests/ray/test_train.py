@@ -30,7 +30,7 @@ def _slow(*overrides: str) -> Any:
     [
         _slow("objective=full"),
         ["objective=support"],
-        ["objective=sampled", "objective.discount=0.5"],
+        _slow("objective=sampled", "objective.discount=0.5"),
         _slow("objective=support", "objective.support=student", "rollout.temperature=0.8"),
         _slow("objective=support", "objective.support=union", "objective.tail=bucket", "objective.divergence=jsd"),
         _slow("objective=sampled", "objective.baseline=kl", 'objective.equivalent_tokens=[["<eos>","<pad>"]]'),

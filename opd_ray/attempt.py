@@ -1,6 +1,6 @@
 """One try at a run: its pools are opened, a state is restored, the loop runs to its end, the student is exported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +36,11 @@ class Run:
     replacements: Replacements
 
 
-def attempt(run: Run, *, step: int, measured: Metrics) -> RunTracker:
-    """Train from update `step` to the last and export the student. Raises WorkerLost when a worker is.
+def attempt(run: Run, *, step: int, measured: Metrics, retaken: Sequence[range] = ()) -> RunTracker:
+    """Train from update `step` to the last and export the student.
 
-    measured: before the first step, and logged with it.
+    measured: before the first step, and logged with it. retaken: updates that take other prompts than before, once
+    more each time they are named. Raises WorkerLost when a worker is, MustRollBack when too many updates were left out.
     """
     config, plan, run_dir, console, checkpoints = run.config, run.plan, run.run_dir, run.console, run.checkpoints
     prepare_recording(config, run_dir.scores, models=plan.models, ids=plan.ids, step=step)
@@ -64,6 +65,8 @@ def attempt(run: Run, *, step: int, measured: Metrics) -> RunTracker:
                 stoppable=run.stoppable,
             )
             checkpoints.restore(step, loop.window)
+            for steps in retaken:
+                loop.window.retake(steps)
             run_saved(loop, step=step, checkpoints=checkpoints)
         with console.phase("export student"):
             training.learner.export(str(run_dir.export))

@@ -139,6 +139,18 @@ class DiskCheckpoints:
             )
         return 0
 
+    def roll_back(self, step: int) -> int:
+        """Return the step to go another way from: the newest checkpoint up to update `step`, or else the oldest.
+
+        Newer ones are removed. 0 where none was ever written.
+        """
+        self.forget()
+        steps = _steps(self.folder)
+        target = max((n for n in steps if n <= step), default=min(steps, default=0))
+        for newer in [n for n in steps if n > target]:
+            shutil.rmtree(self.path(newer))
+        return self.newest()
+
     def restore(self, step: int, *parts: Lasting) -> None:
         """Load the state after update `step` into the parts; step 0 is the models as they were loaded."""
         for part in parts if step > 0 else ():

@@ -5,7 +5,7 @@ And the count of workers that were started anew in their place, without that.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from opd_ray.config.schema import Config
 from opd_ray.config.services import FaultConfig
@@ -39,6 +39,27 @@ class Restarts:
             "workers_restarted",
         )
         self.sleep(delay_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollbacks:
+    """Remembers which updates are to take other prompts than before; a checkpoint written since knows by itself."""
+
+    warn: Callable[[str, str], None]  # told words, and the kind of event
+    _ranges: list[range] = field(default_factory=list)
+
+    def add(self, step: int, last: int) -> None:
+        """Note that the run went back to the checkpoint of `step`, from what update number `last` learns from."""
+        self._ranges.append(range(step, last + 1))
+        self.warn(f"going back: updates {step + 1} to {last + 1} take other prompts now", "rolled_back")
+
+    def since(self, step: int) -> list[range]:
+        """Return the updates that a run which goes on from a checkpoint must be told of."""
+        return [steps for steps in self._ranges if steps.start >= step]
+
+    def metrics(self) -> Metrics:
+        """Return the count."""
+        return {"fault/rollbacks": float(len(self._ranges))}
 
 
 def with_half_micro_batches(config: Config, *, cause: Exception, warn: Callable[[str, str], None]) -> Config:

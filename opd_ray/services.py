@@ -46,6 +46,9 @@ class Window(Lasting, Protocol):
     def release(self) -> None:
         """Forget the groups taken last: they are learned from."""
 
+    def retake(self, steps: range) -> None:
+        """Give the places of these updates other prompts from now on."""
+
 
 class Screen(Protocol):
     """Stands between the teachers and the learner."""

@@ -33,7 +33,7 @@ from opd_ray.metrics import summarise
 from opd_ray.plan import Plan, plan_run
 from opd_ray.preflight import machine_findings, model_findings, warnings_of
 from opd_ray.protocol import CannotGoOn, Metrics
-from opd_ray.recovery import Replacements, Restarts, with_half_micro_batches
+from opd_ray.recovery import Replacements, Restarts, Rollbacks, with_half_micro_batches
 from opd_ray.resuming import open_checkpoints
 from opd_ray.routing import teacher_key, teachers_of
 from opd_ray.sinks import Sink, open_sinks
@@ -94,10 +94,16 @@ def train(config: Config, console: RunConsole) -> Metrics:
 
 def _survived(run: Run, *, step: int, gaps: Metrics, warn: Callable[..., None]) -> RunTracker:
     """Train to the end through the loss of workers, as often as the configuration allows; return the tracker."""
-    restarts = Restarts(config=run.config.fault, warn=warn)
+    restarts, rollbacks = Restarts(config=run.config.fault, warn=warn), Rollbacks(warn=warn)
     while True:
         try:
-            return attempt(run, step=step, measured={**gaps, "fault/restarts": float(restarts.total)})
+            counts = {"fault/restarts": float(restarts.total), **rollbacks.metrics()}
+            return attempt(run, step=step, measured={**gaps, **counts}, retaken=rollbacks.since(step))
+        except workers.MustRollBack as fault:
+            step = run.checkpoints.roll_back(fault.first)
+            words = f"{fault}, and going back did not help; resume=auto goes on from update {step}"
+            restarts.after(fault, cause=CannotGoOn(words), step=step)
+            rollbacks.add(step, fault.last)
         except workers.WorkerLost as loss:
             if isinstance(loss, workers.LearnerOutOfMemory):
                 run = replace(run, config=with_half_micro_batches(run.config, cause=loss.cause, warn=warn))

@@ -14,6 +14,7 @@ from opd_ray.protocol import Batch, Metrics
 from opd_ray.schedule import Schedule
 
 _STATE_FILE = "window.json"
+_STRIDE = 1009  # attempts at a place that one going back moves on by: the screen takes the next few itself
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class GroupWindow:
     _flights: list[Flight] = field(default_factory=list)  # as started
     _taken: list[Flight] = field(default_factory=list)  # those of `_flights` that an update is learning from
     _again: list[int] = field(default_factory=list)  # places that a checkpoint found in flight
+    _rollbacks: dict[int, int] = field(default_factory=dict)  # by update: how often its places were given other prompts
     _next: int = -1  # first place that was never started; below 0: that of the update which is filled for
 
     def fill(self, step: int) -> None:
@@ -36,9 +38,10 @@ class GroupWindow:
         room = self._capacity - len(self._flights)
         again, self._again = self._again[:room], self._again[room:]
         end = min(self._next + room - len(again), self.schedule.num_steps * self.num_prompts)
-        for _, of_step in groupby([*again, *range(self._next, end)], key=lambda n: n // self.num_prompts):
-            places = [Place(*divmod(n, self.num_prompts)) for n in of_step]
-            self._flights += self.dispatcher.start(places, version=step)
+        for of, numbers in groupby([*again, *range(self._next, end)], key=lambda n: n // self.num_prompts):
+            places = [Place(*divmod(n, self.num_prompts)) for n in numbers]
+            attempt = _STRIDE * self._rollbacks.get(of, 0)
+            self._flights += self.dispatcher.start(places, version=step, attempt=attempt)
         self._next = max(self._next, end)
 
     def take(self, step: int) -> tuple[Batch, Metrics]:
@@ -64,10 +67,16 @@ class GroupWindow:
         self._flights = [flight for flight in self._flights if id(flight) not in taken]
         self._taken = []
 
+    def retake(self, steps: range) -> None:
+        """Give the places of these updates other prompts from now on."""
+        for step in steps:
+            self._rollbacks[step] = self._rollbacks.get(step, 0) + 1
+
     def save(self, folder: str) -> None:
         """Write which places are started and not learned from."""
         in_flight = [flight.place.step * self.num_prompts + flight.place.position for flight in self._flights]
         state = {"num_prompts": self.num_prompts, "next": self._next, "in_flight": sorted(in_flight + self._again)}
+        state["rollbacks"] = sorted(self._rollbacks.items())
         (Path(folder) / _STATE_FILE).write_text(json.dumps(state) + "\n")
 
     def restore(self, folder: str) -> None:
@@ -79,6 +88,7 @@ class GroupWindow:
                 " its prompts are counted; expected the same"
             )
         self._next, self._again = state["next"], state["in_flight"]
+        self._rollbacks = dict(state.get("rollbacks", ()))
 
     @property
     def _capacity(self) -> int:

@@ -7,6 +7,7 @@ import ray
 
 from opd_ray.config.schema import Config
 from workers.health import LearnerOutOfMemory, WorkerLost
+from workers.learner.fleet import MustRollBack
 from workers.measuring import learner_alone, model_sampler, reference_logprobs, teacher_sampler, teacher_scorer
 from workers.opening import WorkerClasses, open_fleets
 from workers.placement import capacity, check_capacity, connect, is_local, pools, totals
@@ -16,6 +17,7 @@ from workers.teacher.fleet import check_teachers
 
 __all__ = [
     "LearnerOutOfMemory",
+    "MustRollBack",
     "WorkerClasses",
     "WorkerLost",
     "capacity",

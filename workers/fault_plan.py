@@ -6,6 +6,7 @@ restarts: it leaves a file beside the plan first.
 
 import errno
 import json
+import math
 import os
 import signal
 import time
@@ -43,6 +44,7 @@ class Action(StrEnum):
     hang = "hang"  # the thread that got there waits without end
     disk_full = "disk_full"  # the call that got there fails as on a full disk
     out_of_memory = "out_of_memory"  # the call that got there fails as torch does when a GPU's memory is full
+    not_finite = "not_finite"  # the numbers that got there become NaN; in backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +73,17 @@ def struck(path: Path) -> list[str]:
     return sorted(mark.name.removeprefix(f"{path.name}.") for mark in path.parent.glob(f"{path.name}.*"))
 
 
-def reach(phase: Phase, *, step: int) -> None:
-    """Tell that this process's worker has got to a point; what is planned for it there happens now."""
+def reach(phase: Phase, *, step: int) -> float:
+    """Tell that this process's worker has got to a point; what is planned for it there happens now.
+
+    Return what its numbers are to be multiplied with: 1, or NaN as planned.
+    """
+    factor = 1.0
     for fault in _planned(os.environ.get(PLAN, "")):
         here = f"{fault.role}-{fault.index}" == os.environ.get(LANE) and (fault.phase, fault.step) == (phase, step)
         if here and _is_first(fault):
-            _strike(fault.action)
+            factor *= _strike(fault.action)
+    return factor
 
 
 @cache
@@ -92,7 +99,7 @@ def _is_first(fault: At) -> bool:
     return True
 
 
-def _strike(action: Action) -> None:
+def _strike(action: Action) -> float:
     match action:
         case Action.sigkill:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -104,3 +111,6 @@ def _strike(action: Action) -> None:
             raise OSError(errno.ENOSPC, "No space left on device (planned)")
         case Action.out_of_memory:
             raise torch.OutOfMemoryError("out of memory (planned)")
+        case Action.not_finite:
+            return math.nan
+    return 1.0

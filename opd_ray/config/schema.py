@@ -46,6 +46,13 @@ class LrSchedule(StrEnum):
     cosine = "cosine"
 
 
+class SkippedPolicy(StrEnum):
+    """What follows from too many steps in a row that were left out."""
+
+    end = "end"  # of the run, with a checkpoint
+    rollback = "rollback"  # to the checkpoint before them; the updates since are taken on other prompts
+
+
 class Dtype(StrEnum):
     """Floating-point type of weights and activations."""
 
@@ -206,7 +213,9 @@ class LearnerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
-    max_skipped_steps: int = 5  # updates in a row left out for gradients that are not finite, before the run ends
+    spike_factor: float = 0.0  # a step whose gradient norm is above so many medians of the last 32 is left out; 0: none
+    max_skipped_steps: int = 5  # updates in a row left out for gradients that spike or are not finite
+    on_skipped_steps: SkippedPolicy = SkippedPolicy.end  # what more of them in a row do
     max_tokens_per_micro_batch: int = 8192
     packing: bool = True  # sequences end to end without padding; false: for models with an attention of their own
     gradient_checkpointing: bool = False
@@ -222,6 +231,8 @@ class LearnerConfig:
         _require(self.updates_per_batch >= 1, "learner.updates_per_batch", self.updates_per_batch, "at least 1")
         for name in ("warmup_steps", "max_skipped_steps"):
             _require(getattr(self, name) >= 0, f"learner.{name}", getattr(self, name), "an integer of at least 0")
+        factor = self.spike_factor
+        _require(factor == 0 or factor > 1, "learner.spike_factor", factor, "a number above 1, or 0")
         limit = self.max_tokens_per_micro_batch
         _require(limit >= 1, "learner.max_tokens_per_micro_batch", limit, "an integer of at least 1")
 

@@ -14,7 +14,7 @@ from opd_ray.config.objective import (
     TailKind,
 )
 from opd_ray.config.offload import check_zero_options
-from opd_ray.config.schema import Config
+from opd_ray.config.schema import Config, SkippedPolicy
 from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.reasoning import check_dataset
 from opd_ray.data.tasks import TASKS, verifier
@@ -240,6 +240,10 @@ def _cache(config: Config) -> None:
             f"{key}.kind=cache with alignment={teacher.alignment.value} and evaluate={teacher.evaluate}: expected"
             " none and false, there is no engine",
         )
+    _require(
+        config.learner.on_skipped_steps is SkippedPolicy.end,
+        "learner.on_skipped_steps=rollback with kind=cache: expected end, no other prompts are recorded",
+    )
     objective = config.objective
     _require(
         objective.kind is not ObjectiveKind.sampled or objective.ratio is not RatioKind.none,

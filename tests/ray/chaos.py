@@ -38,7 +38,7 @@ class Case:
 
     at: At
     event: str
-    loose: bool = False  # others go on
+    loose: tuple[str, ...] = ()  # how the run is not deterministic: a rollout worker is then started anew in its place
     rounded: bool = False  # sums are taken in another order, or sampling is not deterministic
     more: tuple[str, ...] = ()
 
@@ -47,34 +47,33 @@ class Case:
         """Return the fault in a few words."""
         at = self.at
         beside = " written beside training" if "async_save=true" in self.more else ""
-        others = ", others go on" if self.loose else ""
+        others = {(): "", _LOOSE: ", others go on", _LONE: ", the only one"}[self.loose]
         return f"{at.action.value.replace('_', ' ')} of {at.role}-{at.index} in {at.phase.value}{others}{beside}"
 
 
-def _case(at: At, *, event: str = "", loose: bool = False, rounded: bool = False, more: str = "") -> Case:
+def _case(at: At, *, event: str = "", loose: tuple[str, ...] = (), rounded: bool = False, more: str = "") -> Case:
     in_place = at.role == _TEACHER or loose
     expected = event or ("worker_restarted" if in_place else "workers_restarted")
-    return Case(
-        at=at, event=expected, loose=loose, rounded=rounded or loose, more=(*(_LOOSE if loose else ()), *more.split())
-    )
+    return Case(at=at, event=expected, loose=loose, rounded=rounded or bool(loose), more=(*loose, *more.split()))
 
 
 def _at(role: str, index: int, phase: Phase, action: Action, step: int = 3) -> At:
     return At(step=step, phase=phase, role=role, index=index, action=action)
 
 
-# A lost rollout worker is then started anew in its place.
 _LOOSE = ("deterministic=false", "rollout.num_workers=2", "cluster.num_cpus=4")
+_LONE = ("deterministic=false",)  # there is no other
+_GO_BACK = "learner.max_skipped_steps=0 learner.on_skipped_steps=rollback"
 CASES = (
     _case(_at(_ROLLOUT, 0, Phase.generate, _KILL)),
     _case(_at(_ROLLOUT, 0, Phase.prepare, _KILL)),
     _case(_at(_ROLLOUT, 0, Phase.commit, _KILL)),
     _case(_at(_ROLLOUT, 0, Phase.generate, _STOP)),
     _case(_at(_ROLLOUT, 0, Phase.generate, _HANG)),
-    _case(_at(_ROLLOUT, 1, Phase.generate, _KILL), loose=True),
-    _case(_at(_ROLLOUT, 0, Phase.prepare, _KILL), loose=True),
-    _case(_at(_ROLLOUT, 1, Phase.commit, _KILL), loose=True),
-    _case(_at(_ROLLOUT, 0, Phase.generate, _STOP), loose=True),
+    _case(_at(_ROLLOUT, 1, Phase.generate, _KILL), loose=_LOOSE),
+    _case(_at(_ROLLOUT, 0, Phase.prepare, _KILL), loose=_LOOSE),
+    _case(_at(_ROLLOUT, 1, Phase.commit, _KILL), loose=_LOOSE),
+    _case(_at(_ROLLOUT, 0, Phase.generate, _STOP), loose=_LOOSE),
     _case(_at(_TEACHER, 0, Phase.score, _KILL)),
     _case(_at(_TEACHER, 0, Phase.score, _STOP)),
     _case(_at(_LEARNER, 1, Phase.backward, _KILL)),
@@ -86,6 +85,8 @@ CASES = (
     _case(_at(_LEARNER, 1, Phase.save, _KILL, 4), more="async_save=true"),
     _case(_at(_LEARNER, 1, Phase.save, _FULL, 4), event="checkpoint_failed"),
     _case(_at(_LEARNER, 1, Phase.backward, Action.out_of_memory), event="micro_batches_halved", rounded=True),
+    _case(_at(_LEARNER, 1, Phase.backward, Action.not_finite), event="rolled_back", rounded=True, more=_GO_BACK),
+    _case(_at(_ROLLOUT, 0, Phase.generate, _KILL), loose=_LONE),
 )
 
 
@@ -138,7 +139,7 @@ class Chaos:
         print(meter.words(), flush=True)
 
     def _row(self, name: str, case: Case) -> Row:
-        whole = self._undisturbed(_LOOSE if case.loose else (), num_steps=_NUM_STEPS)
+        whole = self._undisturbed(case.loose, num_steps=_NUM_STEPS)
         outcome = self._run(name, case.more, num_steps=_NUM_STEPS, faults=[case.at], limit_s=_CASE_LIMIT_S)
         survived = (
             outcome.exit_code == 0 and outcome.steps == list(range(_NUM_STEPS + 1)) and case.event in outcome.events

@@ -87,3 +87,35 @@ def test_calls_between_processes_that_fail_step_the_optimizer_no_second_time(
     for outcome in (whole, flaky):
         _check_ended_well(outcome, num_steps=4)
     assert flaky.weights == whole.weights != ""
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_takes_other_prompts_and_remembers_so_when_it_is_restarted(
+    overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = overrides(
+        "num_steps=6",
+        "save_every=2",
+        "deterministic=true",
+        "eval_every=6",
+        "fault.backoff_s=0.1",
+        "learner.max_skipped_steps=0",
+        "learner.on_skipped_steps=rollback",
+    )
+    runs = tmp_path / "runs"
+    poison = At(step=3, phase=Phase.backward, role="learner", index=1, action=Action.not_finite)
+    # Before and after the next checkpoint.
+    kills = [At(step=step, phase=Phase.publish, role="learner", index=0, action=Action.sigkill) for step in (4, 5)]
+    outcomes = {
+        name: run_to_end([*arguments, f"name={name}"], run_dir=runs / name, faults=faults, limit_s=_LIMIT_S)
+        for name, faults in {"whole": [], "back": [poison], "lossy": [poison, *kills]}.items()
+    }
+    for outcome in outcomes.values():
+        _check_ended_well(outcome, num_steps=6)
+    back, lossy = outcomes["back"], outcomes["lossy"]
+    assert len(lossy.struck) == 3
+    assert back.weights == lossy.weights != outcomes["whole"].weights
+    told = {row["kind"]: row["message"] for row in back.rows("events.jsonl")}
+    assert told["rolled_back"] == "going back: updates 3 to 4 take other prompts now"
+    assert "update 4: gradients were not finite" in told["workers_restarted"]
+    assert max(line.get("fault/rollbacks", 0) for line in back.rows("metrics.jsonl")) == 1

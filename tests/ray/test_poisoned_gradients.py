@@ -14,7 +14,7 @@ from learners import make_batch, open_learner, published_weights
 
 from opd_ray.objectives import Losses
 from opd_ray.protocol import CannotGoOn
-from workers import connected
+from workers import MustRollBack, connected
 from workers.learner.worker import LearnerWorker
 
 pytestmark = pytest.mark.ray
@@ -88,6 +88,59 @@ def test_a_poisoned_batch_leaves_weights_optimizer_and_schedule_as_they_were(
         _poison(learner, factor)
         for _ in range(2):
             learner.update(batch)
-        with pytest.raises(CannotGoOn, match=r"not finite 3 times in a row.*max_skipped_steps=2"):
+        with pytest.raises(CannotGoOn, match=r"not finite, and steps of 3 updates in a row.*max_skipped_steps=2"):
             learner.update(batch)
+        learner.close()
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"),
+    [
+        (2, "float32"),
+        pytest.param(0, "float32", marks=pytest.mark.slow),
+        pytest.param(0, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(2, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(3, "float32", marks=pytest.mark.slow),
+        pytest.param(3, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_spike_changes_nothing_also_after_a_checkpoint(
+    overrides: Callable[..., list[str]], tmp_path: Path, zero_stage: int, dtype: str
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    config = compose_config(
+        overrides(
+            f"learner.zero_stage={zero_stage}",
+            f"learner.dtype={dtype}",
+            "learner.spike_factor=20",
+            "learner.max_skipped_steps=1",
+            "learner.on_skipped_steps=rollback",
+        )
+    )
+    with connected(config):
+        batch = make_batch(reference_model(config.teacher.path))
+        learner = open_learner(config, tmp_path, PoisonedLearner)
+        usual = [learner.update(batch)["train/grad_norm"] for _ in range(8)]
+        learner.save(str(tmp_path / "state"))
+        learner.close()
+
+        learner = open_learner(config, tmp_path, PoisonedLearner)
+        learner.restore(str(tmp_path / "state"))
+        before = published_weights(learner)
+        _poison(learner, 1e3)
+        metrics = learner.update(batch)
+        assert metrics["fault/skipped_steps"] == metrics["fault/spikes"] == 1
+        assert metrics["train/grad_norm"] > 20 * max(usual)
+        for name, tensor in published_weights(learner).items():
+            assert torch.equal(tensor, before[name]), name
+        _poison(learner, 1.0)
+        metrics = learner.update(batch)
+        assert metrics["fault/skipped_steps"] == metrics["fault/spikes"] == 0
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in published_weights(learner).items())
+
+        _poison(learner, 1e3)
+        learner.update(batch)
+        with pytest.raises(MustRollBack, match="gradients spiked, and steps of 2 updates in a row") as fault:
+            learner.update(batch)
+        assert (fault.value.first, fault.value.last) == (batch.step - 1, batch.step)  # batches told apart by number
         learner.close()

@@ -201,13 +201,28 @@ def test_a_run_goes_on_after_saves_that_fail_and_ends_when_too_many_do_in_a_row(
     assert names(tmp_path) == ["step-000002", "step-000008"]
 
 
-def test_a_process_killed_at_any_point_of_a_save_leaves_a_whole_checkpoint_as_the_newest(tmp_path: Path):
+def save_at_once(checkpoints: DiskCheckpoints) -> None:
+    checkpoints.save(6, FakeLearner([]))
+
+
+def save_beside_training(checkpoints: DiskCheckpoints) -> None:
+    """Part of it is written after the call."""
+    late = checkpoints.folder / ".step-000006.partial" / "late"
+    checkpoints.wait_saved = lambda: late.write_text("optimizer") and None
+    checkpoints.save(6, FakeLearner([]))
+    checkpoints.settle()
+
+
+@pytest.mark.parametrize("save", [save_at_once, save_beside_training])
+def test_a_process_killed_at_any_point_of_a_save_leaves_a_whole_checkpoint_as_the_newest(
+    tmp_path: Path, save: Callable[[DiskCheckpoints], None]
+):
     """Kills a child at its n-th call that changes the disk, for every n there is."""
     found = []
     for n in range(1000):
         folder = tmp_path / str(n)
         checkpoints, _ = written(folder, 2, 4, keep=2)
-        status = in_a_child_killed_at(n, lambda of_child=checkpoints: of_child.save(6, FakeLearner([])))
+        status = in_a_child_killed_at(n, lambda of_child=checkpoints: save(of_child))
         found.append(checkpoints.newest())
         assert damage(checkpoints.path(found[-1])) == ""
         shutil.rmtree(folder)
@@ -216,6 +231,19 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_a_whole_checkpoint_as_th
     assert len(found) > 10
     assert found == sorted(found)
     assert set(found) == {4, 6}
+
+
+@pytest.mark.parametrize(
+    ("steps", "back_to", "left"), [((2, 4, 6), 5, 4), ((2, 4, 6), 4, 4), ((4, 6), 3, 4), ((), 3, 0)]
+)
+def test_going_back_takes_the_newest_before_or_else_the_oldest_and_removes_what_came_after(
+    tmp_path: Path, steps: tuple[int, ...], back_to: int, left: int
+):
+    checkpoints, told = written(tmp_path, *steps)
+    assert checkpoints.roll_back(back_to) == left
+    assert checkpoints.newest() == left
+    assert names(tmp_path) == [f"step-{step:06d}" for step in steps if step <= left]
+    assert told == []
 
 
 def in_a_child_killed_at(n: int, act: Callable[[], None]) -> int:

@@ -5,7 +5,7 @@ from helpers import compose_config
 
 from opd_ray.config.schema import Config
 from opd_ray.config.services import FaultConfig
-from opd_ray.recovery import Replacements, Restarts, with_half_micro_batches
+from opd_ray.recovery import Replacements, Restarts, Rollbacks, with_half_micro_batches
 
 
 class Lost(RuntimeError):
@@ -79,6 +79,18 @@ def test_workers_that_are_started_anew_in_their_place_are_told_of_and_counted():
     assert made.metrics() == {"fault/restarted_workers": 2}
     assert [kind for kind, _ in told] == ["worker_restarted"] * 2
     assert told[1][1].startswith("rollout-1 was gone")
+
+
+def test_updates_that_were_gone_back_from_take_other_prompts_until_a_newer_checkpoint_knows_of_it():
+    told: list[tuple[str, str]] = []
+    made = Rollbacks(warn=lambda words, kind: told.append((kind, words)))
+    assert made.metrics() == {"fault/rollbacks": 0}
+    made.add(4, 6)
+    made.add(4, 5)
+    assert made.metrics() == {"fault/rollbacks": 2}
+    assert made.since(2) == made.since(4) == [range(4, 7), range(4, 6)]
+    assert made.since(6) == []
+    assert told[0] == ("rolled_back", "going back: updates 5 to 7 take other prompts now")
 
 
 def test_too_little_memory_halves_the_micro_batches_down_to_the_longest_sequence():

@@ -130,3 +130,30 @@ def test_a_checkpoint_of_batches_of_another_size_is_refused_by_key(tmp_path: Pat
     window.num_prompts = 5
     with pytest.raises(ValueError, match=r"batch\.num_prompts=5: .* was written with 3"):
         window.restore(str(tmp_path))
+
+
+def test_updates_that_are_retaken_have_other_prompts_each_time_which_a_restored_window_remembers(tmp_path: Path):
+    def rest(*retaken: range) -> list[list[int]]:
+        window, _ = window_of(overprovision=0.0)
+        window.restore(str(tmp_path))
+        for steps in retaken:
+            window.retake(steps)
+        learned = [learn(window, step)[0] for step in range(3, 5)]
+        window.save(str(tmp_path))
+        return [*learned, learn(window, 5)[0]]
+
+    window, _ = window_of(overprovision=0.0)
+    for step in range(3):
+        learn(window, step)
+    window.save(str(tmp_path))
+    at_three = (tmp_path / "window.json").read_text()
+    usual = [list(range(3 * step, 3 * step + 3)) for step in range(3, 6)]
+    assert rest() == usual
+    (tmp_path / "window.json").write_text(at_three)
+    once, twice = [[1009 * n * 1000 + index for index in usual[1]] for n in (1, 2)]
+    assert rest(range(4, 5)) == [usual[0], once, usual[2]]
+    (tmp_path / "window.json").write_text(at_three)
+    assert rest(range(4, 5), range(4, 6))[1:] == [twice, [1009 * 1000 + index for index in usual[2]]]
+    restored, _ = window_of(overprovision=0.0)
+    restored.restore(str(tmp_path))  # after update 5, with what is in flight
+    assert learn(restored, 5)[0] == [1009 * 1000 + index for index in usual[2]]

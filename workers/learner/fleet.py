@@ -8,7 +8,7 @@ import ray
 import torch
 
 from opd_ray.comparison import Comparison, joined
-from opd_ray.config.schema import LearnerConfig
+from opd_ray.config.schema import LearnerConfig, SkippedPolicy
 from opd_ray.data.models import hidden_size
 from opd_ray.data.packing import micro_batches_by_kind, partition, split_to, training_cost
 from opd_ray.protocol import Batch, CannotGoOn, GroupSummary, Metrics, ScoreSummary, WeightBundle
@@ -18,6 +18,18 @@ from workers.learner.report import RankBatch, combine_updates, estimate_name, te
 from workers.learner.worker import LearnerWorker
 from workers.sync.choose import SyncPlan
 from workers.waiting import answers
+
+
+class MustRollBack(RuntimeError):
+    """The learner left out too many steps in a row, and the run is to go back to before them and take other prompts.
+
+    first and last: the updates of the batches that it could not learn from.
+    """
+
+    def __init__(self, words: str, *, first: int, last: int) -> None:
+        super().__init__(words)
+        self.first = first
+        self.last = last
 
 
 class RayLearner:
@@ -132,14 +144,18 @@ class RayLearner:
         ]
 
     def _count_left_out(self, learned: Metrics, *, step: int) -> None:
-        """Raise CannotGoOn when steps were left out in too many batches in a row."""
+        """Raise CannotGoOn or MustRollBack when steps were left out in too many batches in a row."""
         self._num_left_out = self._num_left_out + 1 if learned["fault/skipped_steps"] else 0
         allowed = self._config.max_skipped_steps
-        if self._num_left_out > allowed:
-            raise CannotGoOn(
-                f"update {step + 1}: gradients were not finite {self._num_left_out} times in a row, those steps were"
-                f" left out; learner.max_skipped_steps={allowed} in a row are allowed. A lower learner.lr may help"
-            )
+        if self._num_left_out <= allowed:
+            return
+        fault = "spiked" if learned["fault/spikes"] else "were not finite"
+        words = (
+            f"update {step + 1}: gradients {fault}, and steps of {self._num_left_out} updates in a row were left out"
+        )
+        if self._config.on_skipped_steps is SkippedPolicy.rollback:
+            raise MustRollBack(words, first=step + 1 - self._num_left_out, last=step)
+        raise CannotGoOn(f"{words}; learner.max_skipped_steps={allowed} are allowed. A lower learner.lr may help")
 
     def _split(
         self, batch: Batch, summaries: Sequence[GroupSummary], *, positions: Sequence[int], part: int

@@ -68,7 +68,8 @@ class RankReport:
     learn_s: float
     gradient_squares: float = 0.0  # of micro-batches' own gradients, summed, before the mean over ranks; 0: not asked
     num_micro_batches: int = 0  # with a loss
-    left_out: bool = False  # the step: its gradients were not finite
+    left_out: bool = False  # the step: its gradients were not finite, or
+    spiked: bool = False  # their norm was far above what it had been
     task_gradients: Mapping[str, Float32] = field(default_factory=dict)  # projections, see `TaskGradients`
 
 
@@ -220,6 +221,7 @@ def combine_updates(updates: Sequence[Sequence[RankReport]], *, estimate: str) -
         **({"train/gradient_noise": sum(noise) / len(noise)} if noise else {}),
         "train/lr": updates[-1][0].lr,
         "fault/skipped_steps": sum(reports[0].left_out for reports in updates),
+        "fault/spikes": sum(reports[0].spiked for reports in updates),
         "time/learn_s": sum(max(r.learn_s for r in reports) for reports in updates),
     }
 

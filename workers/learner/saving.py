@@ -1,6 +1,8 @@
 """Writes a rank's part of a DeepSpeed checkpoint without leaving the other ranks alone in a collective call."""
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,10 +29,10 @@ class EngineSaver:
         self._pending: list[Future[None]] = []
         engine._copy_recovery_script = lambda *_: None  # a script of DeepSpeed's own, beside its files
 
-    def save(self, folder: str, *, in_background: bool) -> None:
+    def save(self, folder: str, *, in_background: bool, client_state: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write a checkpoint; all ranks call this at once. Raises OSError on a rank that cannot write its part.
 
-        in_background: return once what `wait` waits for is copied.
+        in_background: return once what `wait` waits for is copied. client_state: is part of the checkpoint.
         """
         engine, step, faults = self._engine, self._engine.global_steps, list[str]()
 
@@ -46,7 +48,13 @@ class EngineSaver:
 
         engine.checkpoint_engine.save = held
         try:
-            engine.save_checkpoint(folder, tag=TAG, save_latest=False, exclude_frozen_parameters=self._exclude_frozen)
+            engine.save_checkpoint(
+                folder,
+                tag=TAG,
+                client_state=dict(client_state),
+                save_latest=False,
+                exclude_frozen_parameters=self._exclude_frozen,
+            )
         finally:
             engine.checkpoint_engine.save = self._write
         if faults:

@@ -24,7 +24,7 @@ from opd_ray.objectives import Losses, ObjectiveOptions
 from opd_ray.protocol import HiddenScore
 from workers.fault_plan import Phase, reach
 from workers.learner.comparison import Comparer, stride_of, texts_of_tokens
-from workers.learner.guard import guard_steps, is_left_out
+from workers.learner.guard import StepGuard
 from workers.learner.inputs import InputBuilder, ScoredSequence, split_groups
 from workers.learner.noise import GradientSquares
 from workers.learner.objective import ObjectiveSetup, TokenPlanner, objective_options, removed_ids, sampled_tokens
@@ -100,10 +100,8 @@ class LearnerWorker:
         self._engine = build_engine(
             student, config=self._config, world_size=self._config.num_ranks, num_steps=self._num_steps
         )
-        self._engine.clip_fp32_gradients = self._clip
-        guard_steps(self._engine)
+        self._guard = StepGuard(self._engine, spike_factor=self._config.spike_factor)
         self._saver = EngineSaver(self._engine, exclude_frozen=self._lora is not None)
-        self._clipped_norm = 0.0
         self._planner = TokenPlanner(self._objective, tokenizer=self._tokenizer())
         self._inputs = InputBuilder(
             device=self._device,
@@ -141,23 +139,22 @@ class LearnerWorker:
             losses = self._forward(micro_batch, objective=self._objective.config.kind.value, options=options)
             if self._task_gradients:
                 self._task_gradients.begin(micro_batch[0].task if batch.tasks_apart else "")
-            reach(Phase.backward, step=batch.version)
-            self._engine.backward(losses.loss * scale)
+            self._engine.backward(losses.loss * (scale * reach(Phase.backward, step=batch.version)))
             totals.add(losses, micro_batch)
             options = self._options  # the first micro-batch has given the diagnostics
         reach(Phase.optimize, step=batch.version)
         lr = float(self._engine.get_lr()[0])
-        self._engine.step()
+        self._guard.step()
         report = totals.report(
             denominator=plan.denominator,
-            grad_norm=float(self._engine.get_global_grad_norm() or self._clipped_norm),
+            grad_norm=self._guard.norm,
             lr=lr,
             learn_s=time.perf_counter() - start,
             gradient_squares=self._squares.take() if self._squares else 0.0,
             num_micro_batches=sum(map(bool, batch.micro_batches)),
         )
         of_tasks = self._task_gradients.take() if self._task_gradients else {}
-        return replace(report, left_out=is_left_out(self._engine), task_gradients=of_tasks)
+        return replace(report, left_out=self._guard.left_out, spiked=self._guard.spiked, task_gradients=of_tasks)
 
     def release_memory(self) -> None:
         """Give what torch keeps of the GPU's memory for later back to the GPU."""
@@ -212,7 +209,7 @@ class LearnerWorker:
 
         in_background: return once it is copied; `wait_saved` waits for the rest.
         """
-        self._saver.save(folder, in_background=in_background)
+        self._saver.save(folder, in_background=in_background, client_state=self._guard.state)
 
     def wait_saved(self) -> None:
         """Wait until everything is written. Raises OSError for what could not be."""
@@ -220,9 +217,10 @@ class LearnerWorker:
 
     def restore(self, folder: str) -> None:
         """Load this rank's part of a DeepSpeed checkpoint."""
-        loaded, _ = self._engine.load_checkpoint(folder, tag=TAG, load_module_strict=self._lora is None)
+        loaded, client_state = self._engine.load_checkpoint(folder, tag=TAG, load_module_strict=self._lora is None)
         if loaded is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
+        self._guard.restore(client_state)
 
     def export(self, folder: str) -> None:
         """Write the student as a Hugging Face folder (rank 0); adapters merged in, and by themselves in `adapter`."""
@@ -240,11 +238,6 @@ class LearnerWorker:
         else:
             dtype = getattr(torch, self._config.dtype.value)
             export_merged(self._model, base_path=self._student_path, folder=folder, dtype=dtype)
-
-    def _clip(self) -> None:
-        """Clip the gradients as DeepSpeed does at ZeRO-0 in float32, but keep their norm."""
-        limit = self._engine.gradient_clipping()
-        self._clipped_norm = float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
     @property
     def _model(self) -> Any:

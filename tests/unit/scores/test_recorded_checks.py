@@ -128,6 +128,7 @@ def test_a_recording_in_the_runs_own_folder_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["learner.on_skipped_steps=rollback"], "learner.on_skipped_steps=rollback with kind=cache: expected end"),
         (["objective=sampled", "objective.ratio=none"], "objective.ratio=none with objective=sampled and kind=cache"),
         (["record_scores=true"], "record_scores=true with kind=cache"),
         (["teacher.evaluate=true"], "evaluate=True: expected none and false"),

@@ -1,5 +1,7 @@
+import math
 import multiprocessing
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,12 @@ def test_another_worker_and_a_run_without_a_plan_go_on(plan: Path, monkeypatch: 
     monkeypatch.delenv(PLAN)
     reach(Phase.publish, step=3)
     assert struck(plan) == []
+
+
+def test_numbers_become_nan_once_as_planned(plan: Path):
+    write_plan(plan, [replace(HERE, phase=Phase.backward, action=Action.not_finite)])
+    factors = [reach(Phase.backward, step=step) for step in (2, 3, 3)]
+    assert [math.isnan(factor) for factor in factors] == [False, True, False]
 
 
 def test_a_killed_process_has_left_its_mark(plan: Path):

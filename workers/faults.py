@@ -18,7 +18,10 @@ _NOISE = re.compile(
 def describe(error: RayError, *, log_dir: Path) -> str:
     """Return the worker's name, its own traceback (the plumbing's frames left out) or last words, and its log."""
     if isinstance(error, GetTimeoutError):
-        return f"a worker owed an answer for longer than fault.call_timeout_s; the stacks of all are in {log_dir}"
+        return (
+            "a worker owed an answer for longer than fault.call_timeout_s, or fault.start_timeout_s at its start; what"
+            f" all did is in {log_dir}"
+        )
     text = _ANSI.sub("", str(error))
     names = ["".join(match) for match in _NAME.findall(text)]
     name = names[-1] if names else "a worker"  # a fault that passed through several workers names its origin last

@@ -75,9 +75,11 @@ def watched(
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Within, workers start. Raises WorkerLost when one is gone that did not fail by itself."""
+    """Within, workers start. Raises WorkerLost when one is gone that did not fail by itself, or takes too long."""
     try:
         yield
+    except GetTimeoutError as fault:
+        raise WorkerLost(["a worker at its start, for fault.start_timeout_s"], cause=fault) from fault
     except ActorDiedError as fault:
         if fault.actor_init_failed:
             raise

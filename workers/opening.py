@@ -63,7 +63,7 @@ def open_fleets(  # noqa: PLR0913 - what a run is made of, and whom it tells
         berths = _berths(config, log_dir=log_dir)
         # It also ends the workers that lie in it, should not all pools come to be.
         stack.callback(remove_placement_group, berths["rollout"].placement_group)
-        with starting():
+        with starting(), waiting_at_most(config.fault.start_timeout_s):
             rollout = _rollout(config, berth=berths["rollout"], worker_class=classes.rollout)
             teachers = _teachers(
                 config,

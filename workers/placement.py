@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -13,6 +14,7 @@ from opd_ray.config.services import ClusterConfig
 from opd_ray.routing import DEFAULT_TEACHER, teachers_of
 
 _CONNECT_TIMEOUT_S = 10.0
+_NOTICE = "A worker died or was killed while executing a task"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,7 @@ def connect(config: ClusterConfig) -> str | None:
     Raises ValueError when there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _leave_out_notices()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if is_local(config):
         ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
@@ -84,6 +87,24 @@ def connect(config: ClusterConfig) -> str | None:
             f"{key}={address}: no Ray cluster answers there ({error}); expected host:port of a head node,"
             " `auto` on a machine of the cluster, or null for a cluster of this process"
         ) from None
+
+
+def _leave_out_notices() -> None:
+    """Keep what Ray prints of a worker that is gone off the console: the run tells of it itself, by the worker's name.
+
+    What the tasks that are asked again were told has a setting; that the worker died has none, and is in Ray's own log.
+    """
+    os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")
+    ray_driver: Any = ray._private.worker
+    shown = ray_driver.print_to_stdstream
+    if getattr(shown, "__module__", "") == __name__:
+        return
+
+    def show(data: dict[str, Any], *more: Any, **named: Any) -> None:
+        if not any(line.startswith(_NOTICE) for line in data["lines"]):
+            shown(data, *more, **named)
+
+    ray_driver.print_to_stdstream = show
 
 
 def _check_answers(address: str) -> None:

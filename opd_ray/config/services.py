@@ -31,12 +31,14 @@ class FaultConfig:
     max_restarts: int = 3  # of one worker in its place, and of all in a row without a new checkpoint; 0: none
     backoff_s: float = 2.0  # before the first of them; doubled before each other
     hang_timeout_s: float = 300.0  # without a sign of life a worker is killed
+    start_timeout_s: float = 3600.0  # within which workers must have read their models
     call_timeout_s: float = 3600.0  # without an answer to a call (an update, a group) all workers are started again
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
             raise ValueError(f"fault.max_restarts={self.max_restarts}: expected an integer of at least 0")
-        for name, least in (("backoff_s", 0.0), ("hang_timeout_s", 1.0), ("call_timeout_s", 1.0)):
+        for name in ("backoff_s", "hang_timeout_s", "start_timeout_s", "call_timeout_s"):
+            least = 0.0 if name == "backoff_s" else 1.0
             if not getattr(self, name) >= least:
                 raise ValueError(f"fault.{name}={getattr(self, name)}: expected a number of at least {least:g}")
 

@@ -43,8 +43,11 @@ class HeadNode:
 
 
 @contextmanager
-def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
-    """Start a head and end it and all that runs on it. folder: of its output, and the home of its clients."""
+def head_node(folder: Path, *, num_cpus: int, store_bytes: int | None = None) -> Iterator[HeadNode]:
+    """Start a head and end it and all that runs on it. folder: of its output, and the home of its clients.
+
+    store_bytes: of its object store; None: Ray's own choice.
+    """
     sessions = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray's sockets lie in it
     ports = _free_ports(len(_PORT_OPTIONS))
     env = {
@@ -56,6 +59,7 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     options = [f"{option}={port}" for option, port in zip(_PORT_OPTIONS, ports, strict=True)]
+    options += [f"--object-store-memory={store_bytes}"] if store_bytes else []
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
          f"--temp-dir={sessions}", f"--num-cpus={num_cpus}", *options],

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import ray
 import torch
 
 from opd_ray.comparison import Comparison, joined
@@ -57,7 +56,7 @@ class RayLearner:
 
     def wait_ready(self) -> None:
         """Block until every rank has its engine."""
-        ray.get(self._set_up)
+        answers(self._set_up)
 
     @property
     def version(self) -> int:
@@ -113,8 +112,8 @@ class RayLearner:
     def connect(self, workers: Sequence[Any]) -> None:
         """Have the ranks meet the rollout workers, where they write into them; blocks until they have."""
         if self._sync.sends:
-            address, port = ray.get(self._ranks[0].rendezvous.remote(local=self._local))
-            ray.get([rank.connect.remote(workers, address, port) for rank in self._ranks])
+            address, port = answers(self._ranks[0].rendezvous.remote(local=self._local))
+            answers([rank.connect.remote(workers, address, port) for rank in self._ranks])
 
     def save(self, folder: str) -> None:
         """Write a checkpoint of all ranks; with `async_save` copy it, for `wait_saved` to wait for."""
@@ -137,7 +136,7 @@ class RayLearner:
         kill(self._ranks)
 
     def _start_ranks(self, *, local: bool) -> list[Any]:
-        address, port = ray.get(self._ranks[0].rendezvous.remote(local=local))
+        address, port = answers(self._ranks[0].rendezvous.remote(local=local))
         return [
             rank.setup.remote(rank=index, master_address=address, master_port=port)
             for index, rank in enumerate(self._ranks)

@@ -61,7 +61,7 @@ class RayRolloutFleet:
 
     def wait_ready(self) -> None:
         """Block until every engine is built."""
-        ray.get([worker.ready.remote() for worker in self._workers])
+        answers([worker.ready.remote() for worker in self._workers])
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GroupHandle]:
         """Dispatch requests; return at once. Each goes to the worker with the fewest unfinished sequences.

@@ -146,8 +146,9 @@ def test_an_error_that_names_nobody_is_that_of_a_worker(tmp_path: Path):
     assert describe(ActorDiedError(), log_dir=tmp_path).startswith("a worker died: The actor died unexpectedly")
 
 
-def test_an_answer_that_is_owed_too_long_names_the_key_and_where_the_stacks_are(tmp_path: Path):
+def test_an_answer_that_is_owed_too_long_names_the_keys_and_where_to_look(tmp_path: Path):
     words = describe(GetTimeoutError("Get timed out: some object(s) not ready."), log_dir=tmp_path)
     assert words == (
-        f"a worker owed an answer for longer than fault.call_timeout_s; the stacks of all are in {tmp_path}"
+        "a worker owed an answer for longer than fault.call_timeout_s, or fault.start_timeout_s at its start; what all"
+        f" did is in {tmp_path}"
     )

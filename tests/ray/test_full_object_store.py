@@ -21,7 +21,7 @@ import numpy as np
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 ray.init("auto", log_to_driver=False)
-held = [ray.get(ray.put(np.ones(1 << 19, dtype=np.uint8))) for _ in range(155)]
+held = [ray.get(ray.put(np.ones(1 << 19, dtype=np.uint8))) for _ in range(159)]
 print("holds", flush=True)
 for _ in sys.stdin:
     stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats

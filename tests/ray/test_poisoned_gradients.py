@@ -88,7 +88,7 @@ def test_a_poisoned_batch_leaves_weights_optimizer_and_schedule_as_they_were(
         _poison(learner, factor)
         for _ in range(2):
             learner.update(batch)
-        with pytest.raises(CannotGoOn, match=r"not finite, and steps of 3 updates in a row.*max_skipped_steps=2"):
+        with pytest.raises(CannotGoOn, match=r"not finite; .* left out: 3; .*max_skipped_steps=2"):
             learner.update(batch)
         learner.close()
 
@@ -140,7 +140,7 @@ def test_a_spike_changes_nothing_also_after_a_checkpoint(
 
         _poison(learner, 1e3)
         learner.update(batch)
-        with pytest.raises(MustRollBack, match="gradients spiked, and steps of 2 updates in a row") as fault:
+        with pytest.raises(MustRollBack, match=r"gradients spiked; .* left out: 2") as fault:
             learner.update(batch)
         assert (fault.value.first, fault.value.last) == (batch.step - 1, batch.step)  # batches told apart by number
         learner.close()

@@ -149,9 +149,7 @@ class RayLearner:
         if self._num_left_out <= allowed:
             return
         fault = "spiked" if learned["fault/spikes"] else "were not finite"
-        words = (
-            f"update {step + 1}: gradients {fault}, and steps of {self._num_left_out} updates in a row were left out"
-        )
+        words = f"update {step + 1}: gradients {fault}; updates in a row whose step was left out: {self._num_left_out}"
         if self._config.on_skipped_steps is SkippedPolicy.rollback:
             raise MustRollBack(words, first=step + 1 - self._num_left_out, last=step)
         raise CannotGoOn(f"{words}; learner.max_skipped_steps={allowed} are allowed. A lower learner.lr may help")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.config.plain import key
+from opd_ray.config.remote_code import check_engine_args
 from opd_ray.config.schema import Dtype
 
 
@@ -47,3 +48,4 @@ class EvaluateConfig:
             raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1]")
         if self.task is None and self.data is None:
             raise ValueError("task is not given: expected a task, or data=<file> of prompts with answers")
+        check_engine_args("engine_args", self.engine_args, path=self.model)

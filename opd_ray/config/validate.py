@@ -14,6 +14,7 @@ from opd_ray.config.objective import (
     TailKind,
 )
 from opd_ray.config.offload import check_zero_options
+from opd_ray.config.remote_code import check_remote_code
 from opd_ray.config.schema import Config, SkippedPolicy
 from opd_ray.config.teacher import AlignmentKind, SelfUpdate, TeacherKind
 from opd_ray.data.reasoning import check_dataset
@@ -35,6 +36,7 @@ def validate(config: Config) -> None:
         _micro_batch,
         check_zero_options,
         check_devices,
+        check_remote_code,
         chosen_sync,
     ):
         rule(config)

@@ -55,7 +55,7 @@ def watched(
     """
     places: list[_Place] = []
     try:
-        places = ray.get([worker.pulse.remote() for worker in workers.values()])
+        places = ray.get([worker.pulse.remote() for worker in workers.values()], timeout=hang_timeout_s)
         watch = _Watch(
             workers,
             places=dict(zip(workers, places, strict=True)),
@@ -192,7 +192,8 @@ def _is_dead(ref: Any) -> bool:
 
 def _dump(places: Sequence[_Place]) -> None:
     """Have all workers write their stacks into their logs."""
-    ray.wait([_signal_there(place, end=False) for place in places], num_returns=len(places), timeout=_ANSWER_S)
+    if places:
+        ray.wait([_signal_there(place, end=False) for place in places], num_returns=len(places), timeout=_ANSWER_S)
 
 
 def _signal_there(place: _Place, *, end: bool) -> Any:

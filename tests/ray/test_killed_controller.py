@@ -1,6 +1,7 @@
 """The controller dies by SIGKILL, in the middle of a save: the same command goes on and ends with the same weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -48,18 +49,25 @@ def _kill_when(run: subprocess.Popen[str], seen: Callable[[], bool]) -> list[psu
     return children
 
 
+def _shared_memory() -> int:
+    """Return the bytes of shared memory in use, those of unlinked files too."""
+    return shutil.disk_usage("/dev/shm").used
+
+
 def test_a_run_killed_in_a_save_and_one_with_a_damaged_checkpoint_end_with_the_undisturbed_weights(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     arguments = overrides("num_steps=4", "save_every=1", "deterministic=true", "resume=auto", "eval_every=2")
     whole, killed = [[*arguments, f"name={name}"] for name in ("whole", "killed")]
     _finish(whole)
+    shared = _shared_memory()
 
     run_dir = tmp_path / "runs" / "killed"
     checkpoints = run_dir / "checkpoints"
     children = _kill_when(_start(killed), lambda: (checkpoints / ".step-000003.partial").exists())
     _, alive = psutil.wait_procs(children, timeout=120)
     assert [process.cmdline()[:1] for process in alive] == []
+    assert _shared_memory() <= shared
     assert not (checkpoints / "step-000003").exists()
     weights = next((checkpoints / "step-000002" / "deepspeed").iterdir())
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from opd_ray.checkpoints import DiskCheckpoints
@@ -58,7 +59,10 @@ def run_facts(config: Config, plan: Plan) -> dict[str, Any]:
         "config_sha256": _sha256(settings),
         "data_sha256": _data_sha256(plan.prompts.train),
         "tokenizer": vocabulary_key(plan.models.tokenizer),
-        "teachers": {name: teacher.path for name, teacher in teachers_of(config).by_name.items()},
+        "teachers": {
+            name: {"path": teacher.path, "sha256": _folder_sha256(Path(teacher.path))}
+            for name, teacher in teachers_of(config).by_name.items()
+        },
         "versions": versions(),
     }
 
@@ -79,6 +83,10 @@ def check_facts(written: Mapping[str, Any], now: Mapping[str, Any], *, where: st
     warnings = []
     if written["data_sha256"] != now["data_sha256"]:
         warnings.append(f"data: the training prompts are not those that {where} was trained on")
+    for name, teacher in now["teachers"].items():
+        known = written["teachers"].get(name)
+        if isinstance(known, dict) and known["path"] == teacher["path"] and known != teacher:
+            warnings.append(f"{name}: the model in {teacher['path']} is not the one that {where} learned from")
     before, after = _flat(written["config"]), _flat(now["config"])
     changed = [
         f"{key} ({before.get(key)} before, {after.get(key)} now)"
@@ -97,6 +105,15 @@ def _data_sha256(prompts: list[Prompt]) -> str:
         digest.update(prompt.ids_P.tobytes())
         digest.update(json.dumps([prompt.index, prompt.task, prompt.answer]).encode())
     return digest.hexdigest()
+
+
+def _folder_sha256(folder: Path) -> str | None:
+    """Return a hash of a model's settings and of the names and sizes of its files; None for a hub name."""
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    settings = {path.name: path.read_text(errors="replace") for path in files if path.suffix == ".json"}
+    return _sha256([settings, [(path.name, path.stat().st_size) for path in files]])
 
 
 def _sha256(value: Any) -> str:

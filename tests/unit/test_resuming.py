@@ -1,13 +1,15 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opd_ray.resuming import check_facts
+from opd_ray.resuming import _folder_sha256, check_facts
 
 FACTS: dict[str, Any] = {
     "num_ranks": 2,
     "zero_stage": 2,
     "tokenizer": "t",
+    "teachers": {"teacher": {"path": "models/teacher", "sha256": "m"}},
     "data_sha256": "d",
     "config": {"num_steps": 4, "learner": {"lr": 1e-6, "engine_args": {}}, "resume": "never"},
 }
@@ -49,6 +51,26 @@ def test_other_data_and_other_settings_are_told_by_key_but_not_those_that_a_long
     assert "learner.lr (1e-06 before, 2e-06 now)" in settings
     assert "num_steps" not in settings
     assert "resume" not in settings
+
+
+def test_a_teacher_whose_files_have_changed_is_told_of_and_one_of_an_older_checkpoint_or_another_path_is_not():
+    changed = {"teacher": {"path": "models/teacher", "sha256": "n"}}
+    assert check_facts(FACTS, now(teachers=changed), where="step-2") == [
+        "teacher: the model in models/teacher is not the one that step-2 learned from"
+    ]
+    assert check_facts(now(teachers={"teacher": "models/teacher"}), now(), where="step-2") == []
+    assert check_facts(FACTS, now(teachers={"teacher": {"path": "b", "sha256": "n"}}), where="step-2") == []
+
+
+def test_the_hash_of_a_model_is_of_its_settings_and_the_sizes_of_its_files(tmp_path: Path):
+    def write(settings: str, weights: bytes) -> str | None:
+        (tmp_path / "config.json").write_text(settings)
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        return _folder_sha256(tmp_path)
+
+    assert write("{}", b"ab") == write("{}", b"ab")
+    assert len({write("{}", b"ab"), write("[]", b"ab"), write("{}", b"abc")}) == 3
+    assert _folder_sha256(tmp_path / "org" / "model") is None
 
 
 def test_many_changes_are_counted():

@@ -33,6 +33,12 @@ class PoisonedLearner(LearnerWorker):
         return replace(losses, loss=losses.loss * self._poison)
 
 
+@pytest.fixture(autouse=True)
+def by_value() -> None:
+    """Have the worker class travel whole: the ranks do not know this module."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
 def _poison(learner: Any, factor: float) -> None:
     ray.get([rank.poison.remote(factor) for rank in learner.ranks])
 
@@ -51,17 +57,8 @@ def _poison(learner: Any, factor: float) -> None:
 def test_a_poisoned_batch_leaves_weights_optimizer_and_schedule_as_they_were(
     overrides: Callable[..., list[str]], tmp_path: Path, zero_stage: int, dtype: str, factor: float
 ) -> None:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config = compose_config(
-        overrides(
-            f"learner.zero_stage={zero_stage}",
-            f"learner.dtype={dtype}",
-            "learner.lr_schedule=linear",
-            "num_steps=9",
-            "learner.max_skipped_steps=2",
-            "deterministic=true",
-        )
-    )
+    chosen = ("learner.lr_schedule=linear", "num_steps=9", "learner.max_skipped_steps=2", "deterministic=true")
+    config = compose_config(overrides(f"learner.zero_stage={zero_stage}", f"learner.dtype={dtype}", *chosen))
     with connected(config):
         batch = make_batch(reference_model(config.teacher.path))
         plain = open_learner(config, tmp_path, PoisonedLearner)
@@ -107,16 +104,8 @@ def test_a_poisoned_batch_leaves_weights_optimizer_and_schedule_as_they_were(
 def test_a_spike_changes_nothing_also_after_a_checkpoint(
     overrides: Callable[..., list[str]], tmp_path: Path, zero_stage: int, dtype: str
 ) -> None:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config = compose_config(
-        overrides(
-            f"learner.zero_stage={zero_stage}",
-            f"learner.dtype={dtype}",
-            "learner.spike_factor=20",
-            "learner.max_skipped_steps=1",
-            "learner.on_skipped_steps=rollback",
-        )
-    )
+    chosen = ("learner.spike_factor=20", "learner.max_skipped_steps=1", "learner.on_skipped_steps=rollback")
+    config = compose_config(overrides(f"learner.zero_stage={zero_stage}", f"learner.dtype={dtype}", *chosen))
     with connected(config):
         batch = make_batch(reference_model(config.teacher.path))
         learner = open_learner(config, tmp_path, PoisonedLearner)

@@ -101,8 +101,9 @@ def _survived(run: Run, *, step: int, gaps: Metrics, warn: Callable[..., None]) 
             return attempt(run, step=step, measured={**gaps, **counts}, retaken=rollbacks.since(step))
         except workers.MustRollBack as fault:
             step = run.checkpoints.roll_back(fault.first)
-            words = f"{fault}, and going back did not help; resume=auto goes on from update {step}"
-            restarts.after(fault, cause=CannotGoOn(words), step=step)
+            allowed = f"fault.max_restarts={run.config.fault.max_restarts} allows no further going back"
+            cause = CannotGoOn(f"{fault}; {allowed}; resume=auto goes on from update {step}")
+            restarts.after(fault, cause=cause, step=step)
             rollbacks.add(step, fault.last)
         except workers.WorkerLost as loss:
             if isinstance(loss, workers.LearnerOutOfMemory):

@@ -27,7 +27,7 @@ _MAX_S = 600.0
 
 
 def reliability() -> Iterator[Figure]:
-    """Yield the figures of the part; about 6 minutes on two cores."""
+    """Yield the figures of the part; about 11 minutes on two cores."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_script("end_to_end_setup.py", "larger", str(_NUM_UPDATES * _NUM_PROMPTS), name)

@@ -1,6 +1,7 @@
 """A whole node of the cluster is lost: the job goes on on another, and ends with the same weights."""
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,11 +19,15 @@ _LIMIT_S = 400
 @contextmanager
 def _node(head: HeadNode, number: int, *, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Add a node with two CPUs, under an address of its own, and end it on leaving."""
+    log = folder / f"node{number}.log"
     node = head.start(
         "ray", "start", "--block", f"--address={head.address}", f"--node-ip-address=127.0.0.{number}", "--num-cpus=2",
-        log=folder / f"node{number}.log",
+        log=log,
     )  # fmt: skip
     try:
+        while "Ray runtime started" not in log.read_text():  # two that start at once on a machine hinder one another
+            assert node.poll() is None, log.read_text()
+            time.sleep(0.1)
         yield node
     finally:
         _kill(node)

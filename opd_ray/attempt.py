@@ -86,7 +86,7 @@ def _open_tracker(run: Run, *, step: int, line: StepLine, measured: Metrics) -> 
         sinks=run.sinks,
         line=line,
         measured=measured,
-        counted=run.replacements.metrics,
+        counted=lambda: {**run.replacements.metrics(), **run.checkpoints.metrics()},
         pipeline=PipelineLog(run.config, run.run_dir.path),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray.manifest import damage, seal, sync_folder
-from opd_ray.protocol import CannotGoOn, Lasting, Learner
+from opd_ray.protocol import CannotGoOn, Lasting, Learner, Metrics
 
 _PREFIX = "step-"
 _ASIDE = "damaged-"
@@ -26,7 +26,8 @@ class DiskCheckpoints:
     saved: Callable[[int, Path], None] = lambda *_: None  # told of every checkpoint
     warn: Callable[[str, str], None] = lambda *_: None  # told of what befell one: words, and the kind of event
     wait_saved: Callable[[], None] | None = None  # asynchronous: waits for what the parts have left to be written
-    _num_failed: int = 0
+    _num_failed: int = 0  # in a row
+    _num_failed_in_all: int = 0
     _pending: tuple[int, Future[None]] | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
 
@@ -100,6 +101,7 @@ class DiskCheckpoints:
             write()
         except OSError as fault:
             self._num_failed += 1
+            self._num_failed_in_all += 1
             words = f"the checkpoint of update {step} could not be written: {_words(fault)}"
             if self._num_failed > self.max_failed_saves:
                 raise CannotGoOn(f"{words}; max_failed_saves={self.max_failed_saves} in a row are allowed") from None
@@ -108,6 +110,10 @@ class DiskCheckpoints:
         else:
             if self._pending is None:
                 self._num_failed = 0
+
+    def metrics(self) -> Metrics:
+        """Return the count of checkpoints that could not be written."""
+        return {"fault/failed_saves": float(self._num_failed_in_all)}
 
     def save_last(self, learner: Learner, *others: Lasting) -> str:
         """Write the state after the learner's last update, unless it is there; return what a person is told of it."""

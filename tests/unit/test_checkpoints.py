@@ -198,6 +198,7 @@ def test_a_run_goes_on_after_saves_that_fail_and_ends_when_too_many_do_in_a_row(
         checkpoints.save(14, FailingLearner([]))
     assert [kind for kind, _ in told] == ["checkpoint_failed"] * 4
     assert "the newest that there is: 2" in told[0][1]
+    assert checkpoints.metrics() == {"fault/failed_saves": 5}  # with the one that ended the run
     assert names(tmp_path) == ["step-000002", "step-000008"]
 
 
